@@ -1,0 +1,276 @@
+"""The magnitude-preserving Diffusion Transformer, the plain adaLN one it is measured against, and the EDM denoiser.
+
+Sources: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122; [DiT] Peebles & Xie 2023, arXiv 2212.09748;
+[EDM] Karras et al. 2022, arXiv 2206.00364; [EDM2] Karras et al. 2024, arXiv 2312.02696.
+Read layers.py before, train.py after. Both families have the same three parts, input, block and output, written one
+under the other so that they can be compared line by line.
+
+Legend: B batch, C channels, P patch, T tokens, D width, H heads.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from layers import MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, mp_silu, mp_sum, normalize
+
+SIZES = {"XS": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+def key(default, doc):
+    """A documented configuration key: a dataclass field that `train.py --help` can list."""
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass
+class DiTConfig:
+    """Everything needed to build the network. Raises ValueError, in one line, for values that cannot work together."""
+
+    block: str = key("mp", "family: mp (magnitude-preserving) or plain (adaLN-Zero)")
+    size: str = key("S", "XS, S, B, L or XL: depth, width and heads by name")
+    depth: int = key(0, "number of blocks (0: as size says)")
+    width: int = key(0, "channels of a token (0: as size says)")
+    heads: int = key(0, "attention heads (0: as size says)")
+    patch: int = key(2, "side in pixels of the square patches, one token each")
+    modulation: tuple[str, ...] = key(("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of "
+                                      "rotate, scale, shift, gate (a plain block is always adaLN-Zero)")
+    label_dropout: float = key(0.1, "share of training images shown with the null label")
+    image_size: int = key(0, "side of the square images (0: as the dataset says)")
+    channels: int = key(0, "channels of the images (0: as the dataset says)")
+    num_classes: int = key(-1, "number of labels (-1: as the dataset says, 0: unconditional)")
+
+    def __post_init__(self):
+        if self.block not in FAMILIES:
+            raise ValueError(f"block: {self.block!r} is neither mp nor plain")
+        if self.size not in SIZES:
+            raise ValueError(f"size: {self.size!r} is not one of {', '.join(SIZES)}")
+        for key, value in zip(("depth", "width", "heads"), SIZES[self.size]):
+            setattr(self, key, getattr(self, key) or value)
+        for key in ("depth", "width", "heads", "patch"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} is not positive")
+        if self.width % self.heads:
+            raise ValueError(f"width: {self.width} is not divisible by heads = {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width: {self.width} is not divisible by 4 (the position embedding needs it)")
+        if self.image_size % self.patch:
+            raise ValueError(f"patch: image_size = {self.image_size} is not divisible by {self.patch}")
+        for kind in self.modulation:
+            if kind not in Modulation.KINDS:
+                raise ValueError(f"modulation: {kind!r} is not one of {', '.join(Modulation.KINDS)}")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout: {self.label_dropout} is not between 0 and 1")
+
+
+def position_embedding(width, grid):
+    """Fixed 2-D sine-cosine embedding [DiT]: (grid², width), half of the channels for each axis."""
+    freqs = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid)[:, None] * freqs
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)                  # (grid, D/2)
+    return torch.cat([axis[:, None].expand(grid, grid, -1), axis.expand(grid, grid, -1)], dim=-1).flatten(0, 1)
+
+
+# ---- the magnitude-preserving family [MaP-DiT]: no LayerNorm, no biases ----
+
+class MPInput(nn.Module):
+    """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch = MPLinear(config.channels * config.patch**2 + 1, config.width)
+        self.fourier = MPFourier(config.width)
+        self.noise = MPLinear(config.width, config.width)
+        self.label = MPEmbedding(config.num_classes + 1, config.width)
+        position = position_embedding(config.width, config.image_size // config.patch)
+        self.register_buffer("position", normalize(position), persistent=False)
+
+    def forward(self, patches, c_noise, labels):
+        x = self.patch(torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1))     # the 1 acts as a bias
+        x = mp_sum(x, self.position, t=0.5)
+        cond = mp_silu(mp_sum(self.noise(self.fourier(c_noise)), self.label(labels), t=0.5))
+        return x, cond
+
+
+class MPBlock(nn.Module):
+    """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.modulate1 = Modulation(config.width, config.modulation)
+        self.attention = MPAttention(config.width, config.heads)
+        self.modulate2 = Modulation(config.width, config.modulation)
+        self.mlp = MPMLP(config.width, 4 * config.width)
+
+    def forward(self, x, cond):
+        x = mp_sum(x, self.modulate1(x, cond, self.attention), t=0.3)
+        x = mp_sum(x, self.modulate2(x, cond, self.mlp), t=0.3)
+        return x
+
+
+class MPOutput(nn.Module):
+    """Tokens (B, T, D), conditioning (B, D) -> patches (B, T, C·P²), zero at initialisation."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.modulate = Modulation(config.width, set(config.modulation) - {"gate"})
+        self.linear = MPLinear(config.width, config.channels * config.patch**2)
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, cond):
+        return self.modulate(x, cond, lambda x: self.linear(x, self.gain))
+
+
+# ---- the plain family [DiT]: LayerNorm, biases, adaLN-Zero ----
+
+class PlainInput(nn.Module):
+    """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D).
+
+    DiT's timestep sinusoids assume integer times; continuous noise levels enter by the same Fourier features as above.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch = nn.Linear(config.channels * config.patch**2, config.width)
+        self.fourier = MPFourier(config.width)
+        self.noise = nn.Sequential(nn.Linear(config.width, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.label = nn.Embedding(config.num_classes + 1, config.width)
+        position = position_embedding(config.width, config.image_size // config.patch)
+        self.register_buffer("position", position, persistent=False)
+
+    def forward(self, patches, c_noise, labels):
+        x = self.patch(patches)
+        x = x + self.position
+        cond = F.silu(self.noise(self.fourier(c_noise)) + self.label(labels))
+        return x, cond
+
+
+class PlainAttention(nn.Module):
+    """Multi-head attention, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # each (B, H, T, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class PlainBlock(nn.Module):
+    """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(config.width, 6 * config.width)
+        self.attention = PlainAttention(config.width, config.heads)
+        self.mlp = nn.Sequential(nn.Linear(config.width, 4 * config.width), nn.GELU(approximate="tanh"),
+                                 nn.Linear(4 * config.width, config.width))
+
+    def forward(self, x, cond):
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(cond)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attention(self.norm(x) * (1 + scale1) + shift1)
+        x = x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+        return x
+
+
+class PlainOutput(nn.Module):
+    """Tokens (B, T, D), conditioning (B, D) -> patches (B, T, C·P²), zero at initialisation."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(config.width, 2 * config.width)
+        self.linear = nn.Linear(config.width, config.channels * config.patch**2)
+
+    def forward(self, x, cond):
+        scale, shift = self.modulation(cond)[:, None].chunk(2, dim=-1)
+        return self.linear(self.norm(x) * (1 + scale) + shift)
+
+
+def init_plain(net):
+    """DiT's initialisation: Xavier linears, N(0, 0.02²) embeddings, zero modulation and output."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for layer in (net.input.noise[0], net.input.noise[2], net.input.label):
+        nn.init.normal_(layer.weight, std=0.02)
+    for layer in (*(block.modulation for block in net.blocks), net.output.modulation, net.output.linear):
+        nn.init.zeros_(layer.weight)
+
+
+# ---- the network ----
+
+FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock, PlainOutput)}
+
+
+class DiT(nn.Module):
+    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes is null."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.image_size < 1 or config.channels < 1 or config.num_classes < 0:
+            raise ValueError("DiT needs image_size, channels and num_classes")
+        self.config = config
+        Input, Block, Output = FAMILIES[config.block]
+        self.input = Input(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.output = Output(config)
+        if config.block == "plain":
+            init_plain(self)
+
+    def middle(self, x, cond):
+        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). What a variant overrides."""
+        for block in self.blocks:
+            x = block(x, cond)
+        return x
+
+    def forward(self, x, c_noise, labels):
+        P = self.config.patch
+        grid = x.shape[-1] // P
+        x = x.unflatten(3, (grid, P)).unflatten(2, (grid, P))               # (B, C, grid, P, grid, P)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)            # (B, T, C·P²)
+        x, cond = self.input(x, c_noise, labels)                            # (B, T, D), (B, D)
+        x = self.output(self.middle(x, cond), cond)                         # (B, T, C·P²)
+        x = x.unflatten(2, (-1, P, P)).unflatten(1, (grid, grid))           # (B, grid, grid, C, P, P)
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)         # (B, C, S, S)
+
+
+class Denoiser(nn.Module):
+    """EDM preconditioning around the network [EDM, Table 1] and the learned uncertainty of its loss [EDM2, Eq. 14-16].
+
+    forward(x, sigma, labels=None): noisy images (B, C, S, S) whose clean part has standard deviation 0.5, noise levels
+    () or (B,), labels (B,) int64, None or num_classes for unconditional -> denoised images (B, C, S, S), float32.
+    On GPUs that have bfloat16 the network runs in it; everything around it stays in float32.
+    """
+
+    sigma_data = 0.5
+
+    def __init__(self, config):
+        super().__init__()
+        self.net = DiT(config)
+        self.u_fourier = MPFourier(128)
+        self.u_linear = MPLinear(128, 1)
+
+    def forward(self, x, sigma, labels=None):
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        if labels is None:
+            labels = torch.full((len(x),), self.net.config.num_classes, device=x.device)
+        s = sigma.view(-1, 1, 1, 1)
+        norm = (s**2 + self.sigma_data**2).sqrt()
+        c_skip, c_out, c_in = (self.sigma_data / norm) ** 2, s * self.sigma_data / norm, 1 / norm
+        bfloat16 = x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            out = self.net(c_in * x, sigma.log() / 4, labels)
+        return c_skip * x + c_out * out.float()
+
+    def uncertainty(self, sigma):
+        """u(sigma), the learned log-variance of the loss at each noise level: (B,) -> (B,)."""
+        return self.u_linear(self.u_fourier(sigma.log() / 4))[:, 0]
