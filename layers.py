@@ -16,12 +16,16 @@ import torch.nn.functional as F
 # ---- functions ----
 
 class Normalize(torch.autograd.Function):
-    """y = x / sqrt(mean(x²) + eps²). Written out because the gradient is so much shorter than what autograd derives."""
+    """normalize(x): scale the last dimension to RMS 1, x / sqrt(mean(x²) + eps²), the norm in float32 [EDM2, Eq. 47].
+
+    x: (..., D), any float dtype; the result has the same shape and dtype. eps = 1e-4 is an RMS: what lies well below
+    it stays small instead of being blown up. The gradient is written out, being much shorter than the derived one.
+    """
 
     @staticmethod
-    def forward(ctx, x, eps):
+    def forward(ctx, x):
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) / math.sqrt(x.shape[-1])
-        inverse = (rms.square() + eps**2).rsqrt().to(x.dtype)
+        inverse = (rms.square() + 1e-4**2).rsqrt().to(x.dtype)
         y = x * inverse
         ctx.save_for_backward(y, inverse)
         return y
@@ -30,16 +34,10 @@ class Normalize(torch.autograd.Function):
     def backward(ctx, grad):
         y, inverse = ctx.saved_tensors
         along = (grad * y).mean(-1, keepdim=True)                           # the part of grad that points along y ...
-        return torch.addcmul(grad, y, along, value=-1).mul_(inverse), None  # ... cannot change y
+        return torch.addcmul(grad, y, along, value=-1) * inverse            # ... cannot change y
 
 
-def normalize(x, eps=1e-4):
-    """Scale the last dimension to RMS 1, its norm computed in float32 [EDM2, Eq. 47]. Leans on: Normalize.
-
-    x: (..., D), any float dtype; the result has the same shape and dtype. `eps` is an RMS: what lies well below it
-    stays small instead of being blown up.
-    """
-    return Normalize.apply(x, eps)
+normalize = Normalize.apply
 
 
 def mp_silu(x):
@@ -66,7 +64,11 @@ def mp_cat(a, b, t=0.5):
 
 
 class Rotate(torch.autograd.Function):
-    """Planar rotations. Written out because the gradient is short: for x the inverse rotation, for theta a cross product."""
+    """rotate(x, theta): turn the D channels, seen as D/2 planes (i, i + D/2), by the angles theta [MaP-DiT].
+
+    x: (..., D), theta: (..., D/2) in radians, broadcast against each other -> (..., D), the dtype of x, computed in
+    float32. Every norm stays as it is. The gradient is written out: for x it is the rotation by -theta.
+    """
 
     @staticmethod
     def forward(ctx, x, theta):
@@ -74,26 +76,19 @@ class Rotate(torch.autograd.Function):
         a, b = x.float().chunk(2, dim=-1)
         y = torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], dim=-1).to(x.dtype)
         ctx.save_for_backward(y, cos, sin)
-        ctx.dtype_and_shapes = theta.dtype, x.shape, theta.shape
+        ctx.x_shape, ctx.theta_shape, ctx.theta_dtype = x.shape, theta.shape, theta.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
         y, cos, sin = ctx.saved_tensors
-        (ga, gb), (ya, yb) = grad.float().chunk(2, dim=-1), y.float().chunk(2, dim=-1)
+        (ga, gb), (a, b) = grad.float().chunk(2, dim=-1), y.float().chunk(2, dim=-1)
         grad_x = torch.cat([torch.addcmul(ga * cos, gb, sin), torch.addcmul(gb * cos, ga, sin, value=-1)], dim=-1)
-        grad_theta = torch.addcmul(gb * ya, ga, yb, value=-1)
-        dtype, x_shape, theta_shape = ctx.dtype_and_shapes
-        return grad_x.to(grad.dtype).sum_to_size(x_shape), grad_theta.to(dtype).sum_to_size(theta_shape)
+        grad_theta = torch.addcmul(gb * a, ga, b, value=-1)
+        return grad_x.to(y.dtype).sum_to_size(ctx.x_shape), grad_theta.to(ctx.theta_dtype).sum_to_size(ctx.theta_shape)
 
 
-def rotate(x, theta):
-    """Turn the D channels, seen as D/2 planes (i, i + D/2), by the angles theta; every norm stays as it is [MaP-DiT].
-    Leans on: Rotate.
-
-    x: (..., D), theta: (..., D/2) in radians, broadcast against each other -> (..., D), the dtype of x.
-    """
-    return Rotate.apply(x, theta)
+rotate = Rotate.apply
 
 
 # ---- layers ----
@@ -114,27 +109,28 @@ class MPFourier(nn.Module):
 
 
 class MPLinear(nn.Module):
-    """Linear map without bias whose rows always act with length 1 [EDM2, Eq. 47]. Leans on: normalize.
+    """Linear map without bias in which every row w acts as w/‖w‖ [EDM2, Eq. 47].
 
-    (..., fan_in) -> (..., fan_out). The weight is stored at RMS 1. While training under forced weight normalization
-    it is known to be there and used as it is; otherwise it is normalised on the way, whatever is stored.
+    (..., fan_in) -> (..., fan_out), times `gain`. The weight is stored with rows of RMS 1. While training under forced
+    weight normalization they are known to be there and used as they are; otherwise, whatever is stored, they are
+    normalised on the way.
     """
 
     forced = False  # set by force_weight_normalization()
 
     def __init__(self, fan_in, fan_out):
         super().__init__()
-        self.weight = nn.Parameter(normalize(torch.randn(fan_out, fan_in)))
+        self.weight = nn.Parameter(F.normalize(torch.randn(fan_out, fan_in), dim=1) * math.sqrt(fan_in))
 
     def forward(self, x, gain=1.0):
-        weight = self.weight if self.forced and self.training else normalize(self.weight)
-        fan_out, fan_in = weight.shape
+        fan_out, fan_in = self.weight.shape
+        weight = self.weight if self.forced and self.training else F.normalize(self.weight, dim=1) * math.sqrt(fan_in)
         scale = gain / math.sqrt(fan_in)
         return F.linear(x * scale, weight) if fan_in <= fan_out else F.linear(x, weight) * scale    # the smaller side
 
 
 class MPEmbedding(nn.Module):
-    """A table of unit-magnitude vectors, one per class. Leans on: normalize.
+    """A table of unit-magnitude vectors, one per class [EDM2]. Leans on: normalize.
 
     Integer labels (B,) in 0..count-1 -> (B, width).
     """
@@ -197,12 +193,16 @@ class Modulation(nn.Module):
     def __init__(self, width, kinds):
         super().__init__()
         self.kinds = [kind for kind in self.KINDS if kind in kinds]
+        if not self.kinds:
+            return
         self.sizes = [width // 2 if kind == "rotate" else width for kind in self.kinds]
         self.linear = MPLinear(width, sum(self.sizes))
         self.gain = nn.Parameter(torch.zeros(len(self.kinds)))
         self.register_buffer("repeats", torch.tensor(self.sizes), persistent=False)
 
     def forward(self, x, cond, branch):
+        if not self.kinds:
+            return branch(x)
         gain = self.gain.repeat_interleave(self.repeats, output_size=sum(self.sizes))
         values = (self.linear(cond) * gain)[:, None].split(self.sizes, dim=-1)      # one (B, 1, D or D/2) per kind
         value = dict(zip(self.kinds, values))
@@ -248,5 +248,5 @@ def project_gradients(weights):
 def normalize_weights(weights):
     """Put every row of every weight back to RMS 1, in place [EDM2, Eq. 66]."""
     for weight in weights:
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp(min=1e-12)
         weight.mul_(math.sqrt(weight.shape[1]) / norm)

@@ -9,7 +9,7 @@ Legend: B batch, C channels, P patch, T tokens, D width, H heads.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -58,11 +58,25 @@ class DiTConfig:
             raise ValueError(f"width: {self.width} is not divisible by 4 (the position embedding needs it)")
         if self.image_size % self.patch:
             raise ValueError(f"patch: image_size = {self.image_size} is not divisible by {self.patch}")
+        if not self.modulation:
+            raise ValueError(f"modulation: name at least one of {', '.join(Modulation.KINDS)}")
         for kind in self.modulation:
             if kind not in Modulation.KINDS:
                 raise ValueError(f"modulation: {kind!r} is not one of {', '.join(Modulation.KINDS)}")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout: {self.label_dropout} is not between 0 and 1")
+
+
+    def fit(self, image_size, channels, num_classes):
+        """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""
+        facts = {"image_size": image_size, "channels": channels, "num_classes": num_classes if self.num_classes else 0}
+        for name, fact in facts.items():
+            if getattr(self, name) not in (fact, 0, -1):
+                raise ValueError(f"model.{name}: {getattr(self, name)}, but the dataset has {fact}")
+        try:
+            return replace(self, **facts)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
 
 
 def position_embedding(width, grid):
@@ -274,3 +288,22 @@ class Denoiser(nn.Module):
     def uncertainty(self, sigma):
         """u(sigma), the learned log-variance of the loss at each noise level: (B,) -> (B,)."""
         return self.u_linear(self.u_fourier(sigma.log() / 4))[:, 0]
+
+
+@torch.no_grad()
+def magnitudes(denoiser, x, sigma, labels):
+    """Mean token RMS after the first, middle and last block for a batch of noisy images, and RMS of all weight matrices."""
+    blocks, rms = denoiser.net.blocks, {}
+
+    def watch(name):
+        return lambda block, inputs, tokens: rms.update({name: tokens.float().square().mean(-1).sqrt().mean().item()})
+
+    hooks = [block.register_forward_hook(watch(f"token_rms_{name}"))
+             for name, block in (("first", blocks[0]), ("middle", blocks[len(blocks) // 2]), ("last", blocks[-1]))]
+    with torch.compiler.set_stance("force_eager"):                          # a compiled network would not call the hooks
+        denoiser(x, sigma, labels)
+    for hook in hooks:
+        hook.remove()
+    matrices = [p for p in denoiser.parameters() if p.ndim == 2]
+    square_sum = torch.stack(torch._foreach_norm(matrices)).square().sum().item()
+    return rms | {"weight_rms": math.sqrt(square_sum / sum(p.numel() for p in matrices))}

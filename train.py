@@ -13,7 +13,9 @@ import os
 import sys
 import time
 import tomllib
+import typing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from data import batch_indices, load_dataset
 from ema import PowerEMA, save_atomically, save_snapshot
 from layers import force_weight_normalization, normalize_weights, project_gradients
-from model import Denoiser, DiTConfig, key
+from model import Denoiser, DiTConfig, key, magnitudes
 from sample import choose_device, sample, save_grid
 
 
@@ -61,6 +63,8 @@ class TrainConfig:
         for name in ("learning_rate", "p_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: must be positive, not {getattr(self, name)}")
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every: {self.save_every} is not a multiple of log_every = {self.log_every}")
         for std in self.ema_stds:
             if not 0 < std < 12**-0.5:
                 raise ValueError(f"ema_stds: {std} is not between 0 and 0.289")
@@ -73,74 +77,72 @@ def config_keys():
 
 
 def parse_text(text, kind):
-    """A command-line value as what TOML would hold; texts that do not fit come back as they are."""
-    if kind in (tuple[str, ...], tuple[float, ...]):
-        return [parse_text(part.strip(), kind.__args__[0]) for part in text.split(",") if part.strip()]
-    if kind is bool:
-        return {"true": True, "false": False}.get(text, text)
+    """The TOML value that a command-line text stands for; lists are written a,b,c."""
+    if kind is str:
+        return text
+    if kind == tuple[str, ...]:
+        return text.split(",")
     try:
-        return kind(text)
-    except ValueError:
+        return tomllib.loads(f"value = [{text}]" if kind == tuple[float, ...] else f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
         return text
 
 
 def check_type(value, kind, where):
-    """`value` as type `kind`. Raises ValueError naming `where` if it has another one."""
-    names = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
-    if kind in (tuple[str, ...], tuple[float, ...]):
-        if not isinstance(value, list):
-            raise ValueError(f"{where}: must be a list, not {value!r}")
+    """A TOML value as type `kind`. Raises ValueError naming `where` if it has another one."""
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
         return tuple(check_type(item, kind.__args__[0], where) for item in value)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind or value != value:
-        raise ValueError(f"{where}: must be {names[kind]}, not {value!r}")
+        names = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
+        raise ValueError(f"{where}: must be {names.get(kind, 'a list')}, not {value!r}")
     return value
 
 
 def load_config(argv):
     """Defaults, then the TOML file of --config, then --key=value overrides. Raises ValueError, in one line."""
-    keys, options, values = config_keys(), [], {}
+    keys, values, origin, texts = config_keys(), {}, {}, {}
     for word in argv:
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not equals:
+        if not word.startswith("--") or "=" not in word:
             raise ValueError(f"{word!r} is not of the form --key=value; --help lists the keys")
-        options.append((name, text))
-    path = dict(options).get("config")
+        name, text = word[2:].split("=", 1)
+        texts[name] = text
+    path = texts.pop("config", None)
     if path is not None:
         try:
-            with open(path, "rb") as file:
-                table = tomllib.load(file)
+            table = tomllib.loads(Path(path).read_text())
         except OSError as error:
             raise ValueError(f"--config: {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: not valid TOML: {error}") from None
         for name, value in table.items():
-            section = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-            values |= {k: (v, f"{path}: {k}") for k, v in section.items()}
-    for name, text in options:
-        if name != "config":
-            values[name] = (parse_text(text, keys[name].type) if name in keys else text, f"--{name}")
-    for name, (value, where) in values.items():
+            values |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        origin = {name: f"{path}: {name}" for name in values}
+    for name, text in texts.items():
+        values[name], origin[name] = parse_text(text, keys[name].type if name in keys else str), f"--{name}"
+    for name in values:
         if name not in keys:
-            near = difflib.get_close_matches(name, keys, n=1, cutoff=0)
-            raise ValueError(f"{where}: unknown key; did you mean {near[0]!r}?")
-        values[name] = check_type(value, keys[name].type, where)
-    try:
-        model = DiTConfig(**{name[6:]: value for name, value in values.items() if name.startswith("model.")})
-    except ValueError as error:
-        raise ValueError(f"{path or 'command line'}: model.{error}") from None
-    try:
-        return TrainConfig(model=model, **{name: v for name, v in values.items() if not name.startswith("model.")})
-    except ValueError as error:
-        raise ValueError(f"{path or 'command line'}: {error}") from None
+            near = difflib.get_close_matches(name, keys, n=1, cutoff=0)[0]
+            raise ValueError(f"{origin[name]}: unknown key; did you mean {near!r}?")
+        values[name] = check_type(values[name], keys[name].type, origin[name])
+
+    def build(cls, prefix, **more):
+        try:
+            return cls(**more, **{n.removeprefix(prefix): v for n, v in values.items() if n.startswith("model.") == bool(prefix)})
+        except ValueError as error:
+            name, _, what = str(error).partition(": ")
+            raise ValueError(f"{origin.get(prefix + name, prefix + name)}: {what}") from None
+
+    return build(TrainConfig, "", model=build(DiTConfig, "model."))
 
 
 def save_config(config, path):
     """Write the configuration as a TOML file that `--config` takes."""
     values = dataclasses.asdict(config)
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name != "model"]
-    lines += ["", "[model]"] + [f"{name} = {json.dumps(value)}" for name, value in values["model"].items()]
+    model = values.pop("model")
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    lines += ["", "[model]"] + [f"{name} = {json.dumps(value)}" for name, value in model.items()]
     Path(path).write_text("\n".join(lines) + "\n")
 
 
@@ -148,18 +150,6 @@ def print_help():
     print(__doc__)
     for name, field in config_keys().items():
         print(f"  --{name}={json.dumps(field.default)}\n        {field.metadata['doc']}")
-
-
-def fit_to_dataset(model, dataset):
-    """The model configuration with what the dataset decides filled in. Raises ValueError where they disagree."""
-    facts = {"image_size": dataset.images.shape[-1], "channels": dataset.images.shape[1], "num_classes": dataset.num_classes}
-    for name, fact in facts.items():
-        value = getattr(model, name)
-        if value not in (fact, DiTConfig.__dataclass_fields__[name].default) and (name, value) != ("num_classes", 0):
-            raise ValueError(f"model.{name}: {value}, but the dataset has {fact}")
-        if (name, value) == ("num_classes", 0):
-            facts = facts | {name: 0}
-    return dataclasses.replace(model, **facts)
 
 
 # ---- one step ----
@@ -211,119 +201,122 @@ def zero_nonfinite(gradients):
 
 # ---- what a run reports ----
 
-@torch.no_grad()
-def magnitudes(denoiser, images, labels, sigma, noise):
-    """Token RMS after the first, middle and last block for one batch, and RMS of all weight matrices."""
-    blocks, rms = denoiser.net.blocks, {}
-    watched = {"first": blocks[0], "middle": blocks[len(blocks) // 2], "last": blocks[-1]}
-
-    def watch(name):
-        return lambda block, inputs, tokens: rms.update({f"token_rms_{name}": tokens.float().square().mean(-1).sqrt().mean().item()})
-
-    hooks = [block.register_forward_hook(watch(name)) for name, block in watched.items()]
-    with torch.compiler.set_stance("force_eager"):
-        denoiser(images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
-    for hook in hooks:
-        hook.remove()
-    matrices = [p for p in denoiser.parameters() if p.ndim == 2]
-    square_sum = torch.stack(torch._foreach_norm(matrices)).square().sum().item()
-    return rms | {"weight_rms": math.sqrt(square_sum / sum(p.numel() for p in matrices))}
+def log(config, done, values):
+    """Append one line to log.jsonl; nothing in it depends on the clock."""
+    line = {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config), **values}
+    with open(Path(config.out) / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
-def show(text, last):
-    """The progress line: overwrites itself on a terminal, plain lines elsewhere."""
+def show(config, done, loss, rate):
+    """The progress line, `rate` in steps per second: overwrites itself on a terminal, plain lines elsewhere."""
+    left = timedelta(seconds=round((config.steps - done) / rate))
+    text = f"step {done}/{config.steps}  loss {loss:.4f}  {rate * config.batch:.0f} images/s  {left} left"
     if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+        print(f"\r\033[K{text}", end="" if done < config.steps else "\n", flush=True)
     else:
         print(text, flush=True)
 
 
-def save_samples(config, dataset, ema, step):
-    """A grid with one row per class (10 at most), drawn with the widest average, always from the same seeds."""
-    labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
-    images = sample(ema.averages[max(config.ema_stds)], dataset.stats, labels, range(len(labels)))
-    save_grid(images, 10, Path(config.out) / "samples" / f"{step:07d}.png")
+# ---- the run directory ----
+
+def prepare_run(config, state):
+    """Make the run directory with its config.toml, and a log that ends where `state` does. Raises ValueError."""
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(config, out / "config.toml")
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if state else []
+        (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+    except OSError as error:
+        raise ValueError(f"out: cannot write the run directory {out} ({error.strerror})") from None
 
 
-def load_state(config, device):
+def load_state(config):
     """The saved state of the run in config.out, or None. Raises ValueError if its network is another one."""
     path = Path(config.out) / "state.pt"
     if not path.exists():
         return None
-    state = torch.load(path, map_location=device, weights_only=True)
-    ours, theirs = dataclasses.asdict(config.model), state["model"]
-    for name in ours:
-        if ours[name] != theirs.get(name):
-            raise ValueError(f"{path}: was trained with model.{name} = {theirs.get(name)}, not {ours[name]}; choose another out")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, ours in dataclasses.asdict(config.model).items():
+        theirs = state["model"].get(name)
+        if ours != theirs:
+            raise ValueError(f"{path}: was trained with model.{name} = {theirs}, not {ours}; choose another out")
     return state
+
+
+def write_files(config, dataset, denoiser, ema, optimizer, done):
+    """What is due after step `done`: EMA snapshots, a sample grid (always from the same seeds), the state to resume from."""
+    out, model = Path(config.out), dataclasses.asdict(config.model)
+
+    def due(every):
+        return done == config.steps or (every and done % every == 0)
+
+    if due(config.snapshot_every):
+        for std, average in ema.averages.items():
+            save_snapshot(out / "ema", average, done, std, {"model": model, "data": dataset.stats})
+    if due(config.sample_every):
+        labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
+        images = sample(ema.averages[max(config.ema_stds)], dataset.stats, labels, range(len(labels)))
+        save_grid(images, 10, out / "samples" / f"{done:07d}.png")
+    if due(config.save_every):
+        save_atomically({"step": done, "model": model, "weights": denoiser.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": optimizer.state_dict()}, out / "state.pt")
 
 
 # ---- the loop ----
 
 def train(config, dataset, device, state, rank, processes):
     """Train from `state` (None: from the start) to config.steps. All processes run this; the first one writes."""
-    out, share = Path(config.out), config.batch // processes
-    micro = config.micro_batch or share
     torch.manual_seed(config.seed)
     denoiser = Denoiser(config.model).to(device)
     weights, parameters = force_weight_normalization(denoiser), list(denoiser.parameters())
     ema = PowerEMA(denoiser, config.ema_stds)
     optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
-    loss_sum, nonfinite, first = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device), 0
     if state:
         denoiser.load_state_dict(state["weights"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        loss_sum, nonfinite, first = state["loss_sum"], state["nonfinite"], state["step"]
     if config.compile and device.type == "cuda":
         denoiser.net.compile()
     model = torch.nn.parallel.DistributedDataParallel(denoiser, broadcast_buffers=False) if processes > 1 else denoiser
     if rank == 0:
-        print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type}, {processes} process(es)")
-    begin, begin_step = time.monotonic(), first
+        print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type} x {processes}")
 
+    share = config.batch // processes                                       # images of a batch in each process
+    micro = config.micro_batch or share                                     # of these at once
+    first, begin, since = state["step"] if state else 0, time.monotonic(), 0
+    loss_sum, nonfinite = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
     for step in range(first, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
         for start in range(rank * share, (rank + 1) * share, micro):
             batch = draw_batch(config, dataset, step, slice(start, start + micro), device)
-            if processes > 1:
+            if processes > 1:                                               # sum gradients over processes only once
                 model.require_backward_grad_sync = start + micro == (rank + 1) * share
             loss = edm2_loss(model, denoiser.uncertainty, *batch) * (micro / share)
             loss.backward()
             loss_sum += loss.detach()
         nonfinite += zero_nonfinite([p.grad for p in parameters])
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         project_gradients(weights)
         optimizer.step()
         normalize_weights(weights)
         optimizer.zero_grad(set_to_none=True)
-        done, last = step + 1, step + 1 == config.steps
-        ema.update(denoiser, done)
+        ema.update(denoiser, step + 1)
 
-        if done % config.log_every == 0 or last:
+        done, since = step + 1, since + 1
+        if done % config.log_every == 0 or done == config.steps:
             if processes > 1:
                 dist.all_reduce(loss_sum)
-            loss = loss_sum.item() / processes / ((done - 1) % config.log_every + 1)
-            loss_sum.zero_()
+            loss = loss_sum.item() / processes / since
             if rank == 0:
-                line = {"step": done, "images": done * config.batch, "loss": loss, "learning_rate": learning_rate(step, config)}
-                line |= magnitudes(denoiser, *batch) | {"nonfinite": nonfinite.item()}
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                rate = (done - begin_step) / (time.monotonic() - begin)
-                left = time.strftime("%H:%M:%S", time.gmtime((config.steps - done) / rate))
-                show(f"step {done}/{config.steps}  loss {loss:.4f}  {rate * config.batch:.0f} images/s  {left} left", last)
+                images, labels, sigma, noise = batch
+                rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
+                log(config, done, {"loss": loss, **rms, "nonfinite": nonfinite.item()})
+                show(config, done, loss, (done - first) / (time.monotonic() - begin))
+            loss_sum.zero_(), nonfinite.zero_()
+            since = 0
         if rank == 0:
-            if (config.snapshot_every and done % config.snapshot_every == 0) or last:
-                info = {"model": dataclasses.asdict(config.model), "data": dataset.stats}
-                for std, average in ema.averages.items():
-                    save_snapshot(out / "ema", average, done, std, info)
-            if (config.sample_every and done % config.sample_every == 0) or last:
-                save_samples(config, dataset, ema, done)
-            if done % config.save_every == 0 or last:
-                save_atomically({"step": done, "model": dataclasses.asdict(config.model), "weights": denoiser.state_dict(),
-                                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                                 "loss_sum": loss_sum, "nonfinite": nonfinite}, out / "state.pt")
+            write_files(config, dataset, denoiser, ema, optimizer, done)
 
 
 def main():
@@ -334,29 +327,26 @@ def main():
         config = load_config(sys.argv[1:])
         device = choose_device(config.device)
         if config.batch % processes or (config.micro_batch and config.batch // processes % config.micro_batch):
-            raise ValueError(f"batch: {config.batch} does not split over {processes} process(es) by micro_batch = {config.micro_batch}")
+            raise ValueError(f"batch: {config.batch} is not divisible by {processes} process(es) and micro_batch = {config.micro_batch}")
         dataset = load_dataset(config.dataset)
-        config.model = fit_to_dataset(config.model, dataset)
-        state = load_state(config, device)
+        config.model = config.model.fit(dataset.images.shape[-1], dataset.images.shape[1], dataset.num_classes)
+        state = load_state(config)
         if rank == 0:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-            save_config(config, Path(config.out) / "config.toml")
-            log = Path(config.out) / "log.jsonl"
-            lines = log.read_text().splitlines(keepends=True) if state else []
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
-    except (ValueError, OSError) as error:
+            prepare_run(config, state)
+    except ValueError as error:
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if processes > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(config, dataset.to(device), device, state, rank, processes)
     if rank == 0:
-        print(f"done: {Path(config.out) / 'samples' / f'{config.steps:07d}.png'}")
+        print(f"{Path(config.out) / 'samples' / f'{config.steps:07d}.png'}")
     if processes > 1:
         dist.destroy_process_group()
 
