@@ -74,7 +74,7 @@ def save_grid(images, columns, path):
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     cell = size * enlarge + 2
     rows = -(-len(images) // columns)
-    sheet = np.zeros((rows * cell + 2, columns * cell + 2, channels), np.uint8)
+    sheet = np.full((rows * cell + 2, columns * cell + 2, channels), 48, np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * cell + 2, i % columns * cell + 2
         sheet[top:top + cell - 2, left:left + cell - 2] = image.permute(1, 2, 0).numpy()

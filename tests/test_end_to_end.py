@@ -1,0 +1,139 @@
+"""The real commands, as subprocesses, on the real digits."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT
+
+TINY = ["--config=configs/digits.toml", "--device=cpu", "--model.depth=2", "--model.width=32", "--model.heads=2", "--log_every=1",
+        "--save_every=10", "--batch=16"]
+
+
+def run(*command, processes=1, ok=True):
+    launcher = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    result = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=170,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if ok:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = run("train.py", *TINY, "--steps=20", f"--out={folder}", "--sample_every=10", "--snapshot_every=10")
+    return folder, result.stdout
+
+
+def test_training_writes_all_it_promises(trained):
+    folder, printed = trained
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
+        "config.toml", "ema/0000010-0.050.pt", "ema/0000010-0.100.pt", "ema/0000020-0.050.pt", "ema/0000020-0.100.pt",
+        "log.jsonl", "samples/0000010.png", "samples/0000020.png", "state.pt"]
+    lines = log(folder)
+    assert [line["step"] for line in lines] == list(range(1, 21)) and lines[-1]["images"] == 320
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    for line in lines:
+        assert line["weight_rms"] == pytest.approx(1, abs=1e-3) and line["nonfinite"] == 0
+        assert all(0.5 < line[f"token_rms_{where}"] < 2 for where in ("first", "middle", "last"))
+    assert "step 20/20  loss " in printed and "images/s" in printed and "left" in printed
+    assert Image.open(folder / "samples" / "0000020.png").size == (10 * 66 + 2, 10 * 66 + 2)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    for name, weight in state["weights"].items():
+        if name.endswith(("qkv.weight", "linear.weight")):
+            assert weight.square().mean(1).sqrt().sub(1).abs().max() < 1e-5
+
+
+def test_two_processes_follow_the_same_loss_curve_as_one(trained, tmp_path):
+    folder, _ = trained
+    run("train.py", *TINY, "--steps=20", f"--out={tmp_path}", processes=2)
+    for one, two in zip(log(folder), log(tmp_path), strict=True):
+        assert two["images"] == one["images"] and two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_micro_batches_follow_the_same_loss_curve_as_whole_ones(trained, tmp_path):
+    folder, _ = trained
+    run("train.py", *TINY, "--steps=10", f"--out={tmp_path}", "--micro_batch=4")
+    for whole, split in zip(log(folder)[:9], log(tmp_path)):
+        assert split["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+
+
+def test_a_run_started_again_goes_on_as_if_it_had_never_stopped(trained, tmp_path):
+    folder, _ = trained
+    run("train.py", *TINY, "--steps=10", f"--out={tmp_path}")
+    result = run("train.py", *TINY, "--steps=20", f"--out={tmp_path}")
+    assert "step 11/20" in result.stdout and "step 10/20" not in result.stdout
+    assert log(tmp_path) == log(folder)
+    ours, theirs = (torch.load(f / "ema" / "0000020-0.100.pt", weights_only=True)["weights"] for f in (tmp_path, folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_config_a_run_saves_gives_the_same_run(trained, tmp_path):
+    folder, _ = trained
+    run("train.py", f"--config={folder / 'config.toml'}", "--steps=3", f"--out={tmp_path}")
+    assert log(tmp_path) == log(folder)[:3]
+
+
+def test_plain_and_unconditional_networks_train_and_sample(tmp_path):
+    run("train.py", *TINY, "--steps=2", f"--out={tmp_path}", "--model.block=plain", "--model.num_classes=0", "--learning_rate=1e-4")
+    result = run("sample.py", tmp_path, "--columns=3", "--steps=2")
+    assert Image.open(result.stdout.strip()).size == (3 * 66 + 2, 66 + 2)
+
+
+def test_sample_draws_the_classes_asked_for(trained, tmp_path):
+    folder, _ = trained
+    result = run("sample.py", folder, "--labels", "7", "2", "--columns=3", "--steps=4", "--ema=0.05", f"--out={tmp_path / 'a.png'}")
+    assert result.stdout.strip() == str(tmp_path / "a.png") and "6/6 images" in result.stderr
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    assert picture.shape == (2 * 66 + 2, 3 * 66 + 2) and picture.std() > 10
+    run("sample.py", folder, "--labels", "2", "--columns=3", "--steps=4", "--ema=0.05", "--seed=3", f"--out={tmp_path / 'b.png'}")
+    again = np.asarray(Image.open(tmp_path / "b.png"))
+    assert np.abs(picture[66:].astype(int) - again.astype(int)).max() <= 1          # same seeds, same label, same images
+
+
+@pytest.mark.parametrize("command, message", [
+    (["train.py", "--config=nowhere.toml"], "train.py: --config: nowhere.toml: No such file"),
+    (["train.py", "--stps=3"], "train.py: --stps: unknown key; did you mean 'steps'?"),
+    (["train.py", "--dataset=digit"], "train.py: dataset: there is no 'digit'; did you mean 'digits'?"),
+    (["train.py", "--model.patch=3"], "train.py: model.patch: image_size = 8 is not divisible by 3"),
+    (["train.py", "--device=abacus"], "train.py: device: 'abacus' cannot be used"),
+    (["train.py", "--batch=7", "--micro_batch=2"], "train.py: batch: 7 is not divisible by"),
+    (["train.py", "--out=LICENSE/run"], "train.py: out: cannot write the run directory LICENSE/run"),
+    (["sample.py", "nowhere"], "sample.py: error: nowhere: no snapshots"),
+    (["sample.py", "RUN", "--labels", "3", "10"], "sample.py: error: --labels: there is no class 10; the run knows 0 to 9"),
+    (["sample.py", "RUN", "--steps=1"], "sample.py: error: --steps: must be at least 2, not 1"),
+    (["sample.py", "RUN", "--ema=0.2"], "sample.py: error: RUN: no snapshot of EMA width 0.2; there are 0.05, 0.1"),
+    (["train.py", "--out=RUN"], "train.py: RUN/state.pt: was trained with model.depth = 2, not 12"),
+])
+def test_mistakes_are_one_clear_line_and_exit_code_2(trained, command, message):
+    folder, _ = trained
+    result = run(*(word.replace("RUN", str(folder)) for word in command), ok=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(message.replace("RUN", str(folder)))
+
+
+def test_sample_without_any_run_says_how_to_get_one(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "sample.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "no run with a snapshot" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_help_lists_every_key():
+    printed = run("train.py", "--help").stdout
+    assert "--learning_rate=0.01" in printed and '--model.block="mp"' in printed and "--model.patch=2" in printed
