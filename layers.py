@@ -34,7 +34,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx, grad):
         y, inverse = ctx.saved_tensors
         along = (grad * y).mean(-1, keepdim=True)                           # the part of grad that points along y ...
-        return torch.addcmul(grad, y, along, value=-1) * inverse            # ... cannot change y
+        return torch.addcmul(grad, y, along, value=-1).mul_(inverse)        # ... cannot change y
 
 
 normalize = Normalize.apply
@@ -71,10 +71,14 @@ class Rotate(torch.autograd.Function):
     """
 
     @staticmethod
+    def turn(x, cos, sin):
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], dim=-1).to(x.dtype)
+
+    @staticmethod
     def forward(ctx, x, theta):
         cos, sin = theta.float().cos(), theta.float().sin()
-        a, b = x.float().chunk(2, dim=-1)
-        y = torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], dim=-1).to(x.dtype)
+        y = Rotate.turn(x, cos, sin)
         ctx.save_for_backward(y, cos, sin)
         ctx.x_shape, ctx.theta_shape, ctx.theta_dtype = x.shape, theta.shape, theta.dtype
         return y
@@ -82,10 +86,10 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, cos, sin = ctx.saved_tensors
+        grad_x = Rotate.turn(grad, cos, -sin)
         (ga, gb), (a, b) = grad.float().chunk(2, dim=-1), y.float().chunk(2, dim=-1)
-        grad_x = torch.cat([torch.addcmul(ga * cos, gb, sin), torch.addcmul(gb * cos, ga, sin, value=-1)], dim=-1)
-        grad_theta = torch.addcmul(gb * a, ga, b, value=-1)
-        return grad_x.to(y.dtype).sum_to_size(ctx.x_shape), grad_theta.to(ctx.theta_dtype).sum_to_size(ctx.theta_shape)
+        grad_theta = (gb * a).addcmul_(ga, b, value=-1)                     # the cross product of y and grad, per plane
+        return grad_x.sum_to_size(ctx.x_shape), grad_theta.sum_to_size(ctx.theta_shape).to(ctx.theta_dtype)
 
 
 rotate = Rotate.apply
@@ -111,9 +115,9 @@ class MPFourier(nn.Module):
 class MPLinear(nn.Module):
     """Linear map without bias in which every row w acts as w/‖w‖ [EDM2, Eq. 47].
 
-    (..., fan_in) -> (..., fan_out), times `gain`. The weight is stored with rows of RMS 1. While training under forced
-    weight normalization they are known to be there and used as they are; otherwise, whatever is stored, they are
-    normalised on the way.
+    (..., fan_in) -> (..., fan_out), times `gain`, a number or a tensor that broadcasts with the result. The weight is
+    stored with rows of RMS 1. While training under forced weight normalization they are known to be there and used as
+    they are; otherwise, whatever is stored, they are normalised on the way.
     """
 
     forced = False  # set by force_weight_normalization()
@@ -126,7 +130,9 @@ class MPLinear(nn.Module):
         fan_out, fan_in = self.weight.shape
         weight = self.weight if self.forced and self.training else F.normalize(self.weight, dim=1) * math.sqrt(fan_in)
         scale = gain / math.sqrt(fan_in)
-        return F.linear(x * scale, weight) if fan_in <= fan_out else F.linear(x, weight) * scale    # the smaller side
+        if fan_in < fan_out and not torch.is_tensor(gain):
+            return F.linear(x * scale, weight)                              # scale the smaller side
+        return F.linear(x, weight) * scale
 
 
 class MPEmbedding(nn.Module):
@@ -147,7 +153,7 @@ class MPAttention(nn.Module):
     """Multi-head cosine attention: q, k and v have RMS 1 per head, so no logit exceeds sqrt(D/H) [EDM2, MaP-DiT].
     Leans on: normalize, MPLinear.
 
-    (B, T, D) -> (B, T, D); D must be divisible by heads.
+    (B, T, D) -> (B, T, D), times `gain`; D must be divisible by heads.
     """
 
     def __init__(self, width, heads):
@@ -156,17 +162,17 @@ class MPAttention(nn.Module):
         self.qkv = MPLinear(width, 3 * width)
         self.out = MPLinear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, gain=1.0):
         qkv = normalize(self.qkv(x).unflatten(-1, (3, self.heads, -1)))     # (B, T, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each (B, H, T, D/H)
         x = F.scaled_dot_product_attention(q, k, v)                         # softmax(q·k / sqrt(D/H)) v
-        return self.out(x.transpose(1, 2).flatten(2))                       # (B, T, D)
+        return self.out(x.transpose(1, 2).flatten(2), gain)                 # (B, T, D)
 
 
 class MPMLP(nn.Module):
     """Two magnitude-preserving linears around a SiLU. Leans on: mp_silu, MPLinear.
 
-    (..., D) -> (..., D).
+    (..., D) -> (..., D), times `gain`.
     """
 
     def __init__(self, width, hidden):
@@ -174,8 +180,8 @@ class MPMLP(nn.Module):
         self.up = MPLinear(width, hidden)
         self.down = MPLinear(hidden, width)
 
-    def forward(self, x):
-        return self.down(F.silu(self.up(x)), gain=1 / 0.596)                # mp_silu, its constant moved past the linear
+    def forward(self, x, gain=1.0):
+        return self.down(F.silu(self.up(x)), gain / 0.596)                  # mp_silu, its constant moved past the linear
 
 
 class Modulation(nn.Module):
@@ -185,7 +191,8 @@ class Modulation(nn.Module):
     the branch in this order, and "gate" ((1 + g)·branch) for what leaves it. Every kind has its own learned gain, zero
     at first: an untrained modulation does nothing.
 
-    forward(x, cond, branch): x (B, T, D), cond (B, D), branch a function of (B, T, D) -> the branch's output.
+    forward(x, cond, branch): x (B, T, D), cond (B, D) -> branch(x), where branch is one of the layers above or anything
+    else that can be called as branch(x) or, for a gate, as branch(x, gain) with a gain (B, 1, D) on its result.
     """
 
     KINDS = ("rotate", "scale", "shift", "gate")
@@ -204,7 +211,7 @@ class Modulation(nn.Module):
         if not self.kinds:
             return branch(x)
         gain = self.gain.repeat_interleave(self.repeats, output_size=sum(self.sizes))
-        values = (self.linear(cond) * gain)[:, None].split(self.sizes, dim=-1)      # one (B, 1, D or D/2) per kind
+        values = self.linear(cond, gain)[:, None].split(self.sizes, dim=-1)         # one (B, 1, D or D/2) per kind
         value = dict(zip(self.kinds, values))
         if "rotate" in value:
             x = rotate(x, value["rotate"])
@@ -212,8 +219,7 @@ class Modulation(nn.Module):
             x = x * (1 + value["scale"])
         if "shift" in value:
             x = x + value["shift"]
-        x = branch(x)
-        return x * (1 + value["gate"]) if "gate" in value else x
+        return branch(x, 1 + value["gate"]) if "gate" in value else branch(x)
 
 
 # ---- forced weight normalization ----
@@ -240,8 +246,8 @@ def force_weight_normalization(model):
 def project_gradients(weights):
     """Remove from each row's gradient its part along the row: the gradient through `normalize` at RMS 1 [EDM2, Eq. 47]."""
     for weight in weights:
-        along = torch.linalg.vecdot(weight.grad, weight) / weight.shape[1]
-        weight.grad.addcmul_(weight, along[:, None], value=-1)
+        along = (weight.grad * weight).mean(1, keepdim=True)
+        weight.grad.addcmul_(weight, along, value=-1)
 
 
 @torch.no_grad()

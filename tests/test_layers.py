@@ -164,7 +164,7 @@ def test_mlp_is_two_linears_around_mp_silu_and_keeps_unit_magnitude():
 @pytest.mark.parametrize("kinds", [c for n in range(5) for c in itertools.combinations(Modulation.KINDS, n)])
 def test_every_subset_of_modulations_starts_as_nothing_and_then_does_what_it_says(kinds):
     modulation, x, cond = Modulation(8, kinds), torch.randn(2, 3, 8), torch.randn(2, 8)
-    branch = torch.nn.Linear(8, 8)
+    branch = MPLinear(8, 8)
     torch.testing.assert_close(modulation(x, cond, branch), branch(x))
     if not kinds:
         return
@@ -223,4 +223,4 @@ def test_every_definition_works_pasted_alone_with_at_most_two_others():
         if name in ("MPLinear", "MPAttention", "MPMLP"):
             made(torch.randn(2, 3, 4))
         if name == "Modulation":
-            made(torch.randn(2, 3, 4), torch.randn(2, 4), lambda x: x)
+            made(torch.randn(2, 3, 4), torch.randn(2, 4), lambda x, gain: x * gain)
