@@ -23,8 +23,8 @@ class Dataset:
     images: torch.Tensor
     labels: torch.Tensor
     num_classes: int
-    mean: float = None
-    std: float = None
+    mean: float | None = None
+    std: float | None = None
 
     def __post_init__(self):
         if self.mean is None:

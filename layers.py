@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 # ---- functions ----
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 class Normalize(torch.autograd.Function):
     """normalize(x): scale the last dimension to RMS 1, x / sqrt(mean(x²) + eps²), the norm in float32 [EDM2, Eq. 47].
 
-    x: (..., D), any float dtype; the result has the same shape and dtype. eps = 1e-4 is an RMS: what lies well below
-    it stays small instead of being blown up. The gradient is written out, being much shorter than the derived one.
+    x: (..., D), float32 or a 16-bit type; the result has the same shape and dtype. eps = 1e-4 is an RMS: what lies well
+    below it stays small instead of being blown up. The gradient is written out, being much shorter than the derived one.
     """
 
     @staticmethod
@@ -31,6 +32,7 @@ class Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         y, inverse = ctx.saved_tensors
         along = (grad * y).mean(-1, keepdim=True)                           # the part of grad that points along y ...
@@ -84,6 +86,7 @@ class Rotate(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         y, cos, sin = ctx.saved_tensors
         grad_x = Rotate.turn(grad, cos, -sin)
@@ -136,9 +139,9 @@ class MPLinear(nn.Module):
 
 
 class MPEmbedding(nn.Module):
-    """A table of unit-magnitude vectors, one per class [EDM2]. Leans on: normalize.
+    """A table of unit-magnitude vectors, one per class. Leans on: normalize.
 
-    Integer labels (B,) in 0..count-1 -> (B, width).
+    Integer labels (B,) in 0..count-1 -> (B, width). Normalised after the look-up, which is cheap, in every mode.
     """
 
     def __init__(self, count, width):
@@ -205,12 +208,11 @@ class Modulation(nn.Module):
         self.sizes = [width // 2 if kind == "rotate" else width for kind in self.kinds]
         self.linear = MPLinear(width, sum(self.sizes))
         self.gain = nn.Parameter(torch.zeros(len(self.kinds)))
-        self.register_buffer("repeats", torch.tensor(self.sizes), persistent=False)
 
     def forward(self, x, cond, branch):
         if not self.kinds:
             return branch(x)
-        gain = self.gain.repeat_interleave(self.repeats, output_size=sum(self.sizes))
+        gain = torch.cat([gain.expand(size) for gain, size in zip(self.gain, self.sizes)])
         values = self.linear(cond, gain)[:, None].split(self.sizes, dim=-1)         # one (B, 1, D or D/2) per kind
         value = dict(zip(self.kinds, values))
         if "rotate" in value:
@@ -232,7 +234,7 @@ def mp_weights(model):
 def force_weight_normalization(model):
     """Promise the layers of `model` that their weights sit at RMS 1 while it trains [EDM2, Eq. 66]. Returns the weights.
 
-    The layers then skip the normalization in train mode. The promise is kept around every optimizer step:
+    Linear layers then skip the normalization in train mode. The promise is kept around every optimizer step:
 
         loss.backward(); project_gradients(weights); optimizer.step(); normalize_weights(weights)
     """

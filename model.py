@@ -47,11 +47,11 @@ class DiTConfig:
             raise ValueError(f"block: {self.block!r} is neither mp nor plain")
         if self.size not in SIZES:
             raise ValueError(f"size: {self.size!r} is not one of {', '.join(SIZES)}")
-        for key, value in zip(("depth", "width", "heads"), SIZES[self.size]):
-            setattr(self, key, getattr(self, key) or value)
-        for key in ("depth", "width", "heads", "patch"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} is not positive")
+        for name, value in zip(("depth", "width", "heads"), SIZES[self.size]):
+            setattr(self, name, getattr(self, name) or value)
+        for name in ("depth", "width", "heads", "patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not positive")
         if self.width % self.heads:
             raise ValueError(f"width: {self.width} is not divisible by heads = {self.heads}")
         if self.width % 4:
@@ -63,9 +63,9 @@ class DiTConfig:
         for kind in self.modulation:
             if kind not in Modulation.KINDS:
                 raise ValueError(f"modulation: {kind!r} is not one of {', '.join(Modulation.KINDS)}")
+        self.modulation = tuple(kind for kind in Modulation.KINDS if kind in self.modulation)
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout: {self.label_dropout} is not between 0 and 1")
-
 
     def fit(self, image_size, channels, num_classes):
         """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""

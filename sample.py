@@ -82,14 +82,22 @@ def save_grid(images, columns, path):
     Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet).save(path)
 
 
-def choose_device(name=""):
-    """The device called `name`, or the best there is: cuda, mps, cpu. Raises ValueError if it cannot be used."""
+def choose_device(name="", local_rank=None):
+    """The device called `name`, or the best there is: cuda, mps, cpu. Raises ValueError if it cannot be used.
+
+    local_rank: which of several processes on this machine asks; each gets its own GPU, or a share of the CPU.
+    """
     if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and local_rank is None
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.device(f"cuda:{local_rank or 0}" if name == "cuda" else name)
+        if device.type not in ("cuda", "cpu") and (device.type != "mps" or local_rank is not None):
+            raise RuntimeError("choose cuda, cpu or, for a single process, mps")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+    return device
 
 
 def load_denoiser(path, device):
@@ -146,24 +154,30 @@ def main():
     rows = args.labels if args.labels is not None else list(range(min(classes, 16))) or [0]
     for label in rows:
         if not 0 <= label < max(classes, 1):
-            parser.error(f"--labels: there is no class {label}; the run knows 0 to {classes - 1}")
+            knows = f"0 to {classes - 1}" if classes else "none"
+            parser.error(f"--labels: there is no class {label}; the run knows {knows}")
     for name, least in (("columns", 1), ("steps", 2), ("seed", 0), ("batch", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name}: must be at least {least}, not {getattr(args, name)}")
 
     labels = [label for label in rows for _ in range(args.columns)]
     seeds = [args.seed + i for i in range(len(labels))]
+    if seeds[-1] >= 2**32:
+        parser.error(f"--seed: must leave the last seed below 2**32, not {args.seed}")
+    out = Path(args.out or run / "grid.png")
+    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+        parser.error(f"--out: {out} must end in .png and lie in a directory that exists")
+
     begin = time.monotonic()
 
     def progress(done):
         seconds = time.monotonic() - begin
         left = seconds / done * (len(seeds) - done)
         print(f"{done}/{len(seeds)} images  {done / seconds:.1f} images/s  {left:.0f} s left",
-              end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+              end="\r" if sys.stderr.isatty() and done < len(seeds) else "\n", file=sys.stderr, flush=True)
 
     print(f"sampling {len(seeds)} images from {path}", file=sys.stderr)
     images = sample(denoiser, stats, labels, seeds, args.steps, args.batch, progress)
-    out = Path(args.out or run / "grid.png")
     save_grid(images, args.columns, out)
     print(out)
 

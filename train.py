@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import time
 import tomllib
@@ -56,6 +57,8 @@ class TrainConfig:
     model: DiTConfig = dataclasses.field(default_factory=DiTConfig)
 
     def __post_init__(self):
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: {self.seed} has more than 63 bits")
         for name, least in dict(seed=0, steps=1, batch=1, micro_batch=0, warmup_steps=0, decay_steps=0, log_every=1,
                                 sample_every=0, snapshot_every=0, save_every=1).items():
             if getattr(self, name) < least:
@@ -65,9 +68,11 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be positive, not {getattr(self, name)}")
         if self.save_every % self.log_every:
             raise ValueError(f"save_every: {self.save_every} is not a multiple of log_every = {self.log_every}")
+        if not self.ema_stds or len(set(self.ema_stds)) < len(self.ema_stds):
+            raise ValueError(f"ema_stds: must be one or more different widths, not {list(self.ema_stds)}")
         for std in self.ema_stds:
-            if not 0 < std < 12**-0.5:
-                raise ValueError(f"ema_stds: {std} is not between 0 and 0.289")
+            if not 0 < std < 12**-0.5 or round(std, 3) != std:
+                raise ValueError(f"ema_stds: {std} is not between 0 and 0.289 with three decimals at most")
 
 
 def config_keys():
@@ -82,6 +87,8 @@ def parse_text(text, kind):
         return text
     if kind == tuple[str, ...]:
         return text.split(",")
+    if kind is float:
+        text = re.sub(r"^([+-]?)\.", r"\g<1>0.", text)                      # TOML wants 0.1 where people write .1
     try:
         return tomllib.loads(f"value = [{text}]" if kind == tuple[float, ...] else f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -111,7 +118,7 @@ def load_config(argv):
     path = texts.pop("config", None)
     if path is not None:
         try:
-            table = tomllib.loads(Path(path).read_text())
+            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"--config: {path}: {error.strerror}") from None
         except ValueError as error:
@@ -137,19 +144,24 @@ def load_config(argv):
     return build(TrainConfig, "", model=build(DiTConfig, "model."))
 
 
+def flatten(config):
+    """The configuration by dotted names: {"seed": 0, ..., "model.depth": 12, ...}."""
+    top = dataclasses.asdict(config)
+    model = top.pop("model")
+    return top | {f"model.{name}": value for name, value in model.items()}
+
+
 def save_config(config, path):
     """Write the configuration as a TOML file that `--config` takes."""
-    values = dataclasses.asdict(config)
-    model = values.pop("model")
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-    lines += ["", "[model]"] + [f"{name} = {json.dumps(value)}" for name, value in model.items()]
-    Path(path).write_text("\n".join(lines) + "\n")
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in flatten(config).items()]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def print_help():
-    print(__doc__)
+    print(__doc__ + "\n  --config=FILE\n        a TOML file of the keys below, those with model. under [model]")
     for name, field in config_keys().items():
-        print(f"  --{name}={json.dumps(field.default)}\n        {field.metadata['doc']}")
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+        print(f"  --{name}={default.lower() if field.type is bool else default}\n        {field.metadata['doc']}")
 
 
 # ---- one step ----
@@ -166,7 +178,7 @@ def draw_batch(config, dataset, step, part, device):
     """Rows `part` (a slice) of step's batch: clean images, labels after dropout, sigma and noise.
 
     Everything random is drawn for the whole batch from a generator seeded by (seed, step), so that it does not depend
-    on how the batch is split over processes and micro-batches.
+    on how the batch is split over processes and micro-batches. Only kinds of devices differ in what they draw.
     """
     seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
@@ -190,6 +202,7 @@ def edm2_loss(model, uncertainty, images, labels, sigma, noise):
     u = uncertainty(sigma).view(-1, 1, 1, 1)
     error = model(images + s * noise, sigma, labels) - images
     return (weight / u.exp() * error**2 + u).mean()
+
 
 def zero_nonfinite(gradients):
     """Replace NaN and infinity by 0, as EDM2 does. Returns in how many tensors there were any, as a tensor."""
@@ -226,42 +239,54 @@ def prepare_run(config, state):
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.toml")
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if state else []
-        (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+        with open(out / "log.jsonl", "a+") as file:
+            file.seek(0)
+            whole = [line for line in file if line.endswith("\n")]
+            file.truncate(0)
+            file.writelines(line for line in whole if state and json.loads(line)["step"] <= state["step"])
     except OSError as error:
         raise ValueError(f"out: cannot write the run directory {out} ({error.strerror})") from None
 
 
+# what may change when a run goes on; the rest would make it another experiment
+FREE = {"out", "device", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps", "decay_steps", "log_every",
+        "sample_every", "snapshot_every", "save_every"}
+
+
 def load_state(config):
-    """The saved state of the run in config.out, or None. Raises ValueError if its network is another one."""
+    """The saved state of the run in config.out, or None. Raises ValueError if this configuration cannot go on from it."""
     path = Path(config.out) / "state.pt"
     if not path.exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, ours in dataclasses.asdict(config.model).items():
-        theirs = state["model"].get(name)
-        if ours != theirs:
-            raise ValueError(f"{path}: was trained with model.{name} = {theirs}, not {ours}; choose another out")
+    for name, ours in flatten(config).items():
+        theirs = state["config"].get(name)
+        if name not in FREE and ours != theirs:
+            raise ValueError(f"{path}: was trained with {name} = {theirs}, not {ours}; choose another out")
+    if state["step"] >= config.steps:
+        raise ValueError(f"{path}: already trained for {state['step']} steps; ask for more or choose another out")
     return state
 
 
 def write_files(config, dataset, denoiser, ema, optimizer, done):
-    """What is due after step `done`: EMA snapshots, a sample grid (always from the same seeds), the state to resume from."""
-    out, model = Path(config.out), dataclasses.asdict(config.model)
+    """What is due after step `done`: the state to resume from, EMA snapshots, a sample grid (always from the same seeds)."""
+    out = Path(config.out)
 
     def due(every):
         return done == config.steps or (every and done % every == 0)
 
+    if due(config.save_every):
+        save_atomically({"step": done, "config": flatten(config), "weights": denoiser.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": optimizer.state_dict()}, out / "state.pt")
     if due(config.snapshot_every):
+        info = {"model": dataclasses.asdict(config.model), "data": dataset.stats}
         for std, average in ema.averages.items():
-            save_snapshot(out / "ema", average, done, std, {"model": model, "data": dataset.stats})
+            save_snapshot(out / "ema", average, done, std, info)
     if due(config.sample_every):
         labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
-        images = sample(ema.averages[max(config.ema_stds)], dataset.stats, labels, range(len(labels)))
+        average = ema.averages[max(config.ema_stds)]
+        images = sample(average, dataset.stats, labels, range(len(labels)), batch=config.micro_batch or 100)
         save_grid(images, 10, out / "samples" / f"{done:07d}.png")
-    if due(config.save_every):
-        save_atomically({"step": done, "model": model, "weights": denoiser.state_dict(), "ema": ema.state_dict(),
-                         "optimizer": optimizer.state_dict()}, out / "state.pt")
 
 
 # ---- the loop ----
@@ -279,7 +304,7 @@ def train(config, dataset, device, state, rank, processes):
         optimizer.load_state_dict(state["optimizer"])
     if config.compile and device.type == "cuda":
         denoiser.net.compile()
-    model = torch.nn.parallel.DistributedDataParallel(denoiser, broadcast_buffers=False) if processes > 1 else denoiser
+    model = torch.nn.parallel.DistributedDataParallel(denoiser) if processes > 1 else denoiser
     if rank == 0:
         print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type} x {processes}")
 
@@ -325,7 +350,7 @@ def main():
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         config = load_config(sys.argv[1:])
-        device = choose_device(config.device)
+        device = choose_device(config.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)
         if config.batch % processes or (config.micro_batch and config.batch // processes % config.micro_batch):
             raise ValueError(f"batch: {config.batch} is not divisible by {processes} process(es) and micro_batch = {config.micro_batch}")
         dataset = load_dataset(config.dataset)
@@ -338,16 +363,15 @@ def main():
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if processes > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(config, dataset.to(device), device, state, rank, processes)
     if rank == 0:
-        print(f"{Path(config.out) / 'samples' / f'{config.steps:07d}.png'}")
+        print(Path(config.out) / "samples" / f"{config.steps:07d}.png")
     if processes > 1:
+        dist.barrier()                                                      # the first process may still be writing
         dist.destroy_process_group()
 
 

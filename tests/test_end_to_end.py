@@ -63,7 +63,7 @@ def test_training_writes_all_it_promises(trained):
 
 def test_two_processes_follow_the_same_loss_curve_as_one(trained, tmp_path):
     folder, _ = trained
-    run("train.py", *TINY, "--steps=20", f"--out={tmp_path}", processes=2)
+    run("train.py", *TINY, "--steps=20", f"--out={tmp_path}", "--micro_batch=4", processes=2)
     for one, two in zip(log(folder), log(tmp_path), strict=True):
         assert two["images"] == one["images"] and two["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
@@ -71,7 +71,7 @@ def test_two_processes_follow_the_same_loss_curve_as_one(trained, tmp_path):
 def test_micro_batches_follow_the_same_loss_curve_as_whole_ones(trained, tmp_path):
     folder, _ = trained
     run("train.py", *TINY, "--steps=10", f"--out={tmp_path}", "--micro_batch=4")
-    for whole, split in zip(log(folder)[:9], log(tmp_path)):
+    for whole, split in zip(log(folder)[:10], log(tmp_path), strict=True):
         assert split["loss"] == pytest.approx(whole["loss"], rel=1e-4)
 
 
@@ -120,7 +120,11 @@ def test_sample_draws_the_classes_asked_for(trained, tmp_path):
     (["sample.py", "RUN", "--labels", "3", "10"], "sample.py: error: --labels: there is no class 10; the run knows 0 to 9"),
     (["sample.py", "RUN", "--steps=1"], "sample.py: error: --steps: must be at least 2, not 1"),
     (["sample.py", "RUN", "--ema=0.2"], "sample.py: error: RUN: no snapshot of EMA width 0.2; there are 0.05, 0.1"),
-    (["train.py", "--out=RUN"], "train.py: RUN/state.pt: was trained with model.depth = 2, not 12"),
+    (["train.py", *TINY, "--out=RUN", "--seed=1"], "train.py: RUN/state.pt: was trained with seed = 0, not 1"),
+    (["train.py", *TINY, "--out=RUN", "--model.patch=4"], "train.py: RUN/state.pt: was trained with model.patch = 2, not 4"),
+    (["train.py", *TINY, "--out=RUN", "--steps=20"], "train.py: RUN/state.pt: already trained for 20 steps"),
+    (["sample.py", "RUN", "--out=LICENSE/a.png"], "sample.py: error: --out: LICENSE/a.png must"),
+    (["sample.py", "RUN", "--seed=4294967290"], "sample.py: error: --seed: must leave"),
 ])
 def test_mistakes_are_one_clear_line_and_exit_code_2(trained, command, message):
     folder, _ = trained
@@ -136,4 +140,4 @@ def test_sample_without_any_run_says_how_to_get_one(tmp_path):
 
 def test_help_lists_every_key():
     printed = run("train.py", "--help").stdout
-    assert "--learning_rate=0.01" in printed and '--model.block="mp"' in printed and "--model.patch=2" in printed
+    assert "--learning_rate=0.01" in printed and "--model.block=mp" in printed and "--model.patch=2" in printed and "--ema_stds=0.05,0.1" in printed

@@ -143,7 +143,7 @@ def test_denoiser_returns_clean_images_as_sigma_goes_to_0(block):
 
 
 def test_preconditioning_feeds_and_asks_for_unit_variance():
-    """[EDM, Eq. 8 of Table 1]: with F = 0 the error of D is c_out times the target F should have had: RMS 1."""
+    """[EDM, appendix B.6]: with F = 0 the error of D is c_out times the target F should have had: RMS 1."""
     denoiser = Denoiser(DiTConfig(**SMALL))
     seen = []
     denoiser.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs))
@@ -220,9 +220,20 @@ def test_impossible_configurations_are_refused_by_the_name_of_the_key(wrong):
 
 
 def test_network_compiles_in_one_graph():
-    pytest.importorskip("torch._inductor")
     net, x = awake(DiT(DiTConfig(**SMALL))), torch.randn(2, 3, 8, 8)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     out = compiled(x, torch.zeros(2), torch.tensor([0, 5]))
     torch.testing.assert_close(out, net(x, torch.zeros(2), torch.tensor([0, 5])), rtol=1e-4, atol=1e-5)
     out.sum().backward()
+
+
+@pytest.mark.parametrize("block", ["mp", "plain"])
+def test_network_in_bfloat16_stays_close_to_float32(block):
+    net, x = awake(DiT(DiTConfig(**SMALL | dict(block=block)))), torch.randn(8, 3, 8, 8)
+    c_noise, labels = torch.randn(8), torch.arange(8) % 6
+    expected = net(x, c_noise, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x, c_noise, labels)
+    assert (out.float() - expected).norm() < 0.03 * expected.norm()
+    out.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())

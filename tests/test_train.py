@@ -85,9 +85,9 @@ def test_defaults_then_file_then_command_line(tmp_path):
     path = tmp_path / "some.toml"
     path.write_text('steps = 7\nlearning_rate = 1\nema_stds = [0.2]\n[model]\nsize = "XS"\nheads = 8\n')
     config = load_config([f"--config={path}", "--steps=9", "--model.modulation=shift,gate", "--ema_stds=0.1,0.2",
-                          "--compile=false", "--out=7", "--p_mean=-1.5"])
+                          "--compile=false", "--out=7", "--p_mean=-.5"])
     assert (config.steps, config.learning_rate, config.batch, config.out) == (9, 1.0, TrainConfig().batch, "7")
-    assert config.model.modulation == ("shift", "gate") and config.ema_stds == (0.1, 0.2) and config.p_mean == -1.5
+    assert config.model.modulation == ("shift", "gate") and config.ema_stds == (0.1, 0.2) and config.p_mean == -0.5
     assert (config.model.depth, config.model.width, config.model.heads, config.compile) == (6, 256, 8, False)
 
 
@@ -111,6 +111,9 @@ def test_every_key_is_documented():
     ("compile = 1", "compile: must be true or false"),
     ("ema_stds = 0.1", "ema_stds: must be a list"),
     ("ema_stds = [0.3]", "ema_stds: 0.3 is not between"),
+    ("ema_stds = [0.0625]", "ema_stds: 0.0625 is not between 0 and 0.289 with three decimals"),
+    ("ema_stds = []", "ema_stds: must be one or more"),
+    ("ema_stds = [0.1, 0.1]", "ema_stds: must be one or more different"),
     ("learning_rate = nan", "learning_rate: must be a number"),
     ("model = 3", "model: unknown key"),
     ("save_every = 7", "save_every: 7 is not a multiple of log_every"),
