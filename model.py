@@ -290,6 +290,18 @@ class Denoiser(nn.Module):
         return self.u_linear(self.u_fourier(sigma.log() / 4))[:, 0]
 
 
+def edm2_loss(model, uncertainty, images, labels, sigma, noise):
+    """lambda(sigma) / exp(u(sigma)) · (D - y)² + u(sigma), averaged [EDM2, Eq. 14-16, 21].
+
+    model(x, sigma, labels): the denoiser, perhaps wrapped. uncertainty(sigma): its u.
+    """
+    s = sigma.view(-1, 1, 1, 1)
+    weight = (s**2 + Denoiser.sigma_data**2) / (s * Denoiser.sigma_data) ** 2
+    u = uncertainty(sigma).view(-1, 1, 1, 1)
+    error = model(images + s * noise, sigma, labels) - images
+    return (weight / u.exp() * error**2 + u).mean()
+
+
 @torch.no_grad()
 def magnitudes(denoiser, x, sigma, labels):
     """Mean token RMS after the first, middle and last block for a batch of noisy images, and RMS of all weight matrices."""

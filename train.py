@@ -10,7 +10,6 @@ import difflib
 import json
 import math
 import os
-import re
 import sys
 import time
 import tomllib
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from data import batch_indices, load_dataset
 from ema import PowerEMA, save_atomically, save_snapshot
 from layers import force_weight_normalization, normalize_weights, project_gradients
-from model import Denoiser, DiTConfig, key, magnitudes
+from model import Denoiser, DiTConfig, edm2_loss, key, magnitudes
 from sample import choose_device, sample, save_grid
 
 
@@ -82,16 +81,14 @@ def config_keys():
 
 
 def parse_text(text, kind):
-    """The TOML value that a command-line text stands for; lists are written a,b,c."""
-    if kind is str:
-        return text
-    if kind == tuple[str, ...]:
-        return text.split(",")
-    if kind is float:
-        text = re.sub(r"^([+-]?)\.", r"\g<1>0.", text)                      # TOML wants 0.1 where people write .1
+    """What TOML would hold for a command-line text, lists written a,b,c; a text of another kind comes back as it is."""
+    if typing.get_origin(kind) is tuple:
+        return [parse_text(part, kind.__args__[0]) for part in text.split(",")]
+    if kind is bool:
+        return {"true": True, "false": False}.get(text, text)
     try:
-        return tomllib.loads(f"value = [{text}]" if kind == tuple[float, ...] else f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return kind(text)
+    except ValueError:
         return text
 
 
@@ -113,8 +110,7 @@ def load_config(argv):
     for word in argv:
         if not word.startswith("--") or "=" not in word:
             raise ValueError(f"{word!r} is not of the form --key=value; --help lists the keys")
-        name, text = word[2:].split("=", 1)
-        texts[name] = text
+        texts |= [word[2:].split("=", 1)]
     path = texts.pop("config", None)
     if path is not None:
         try:
@@ -192,18 +188,6 @@ def draw_batch(config, dataset, step, part, device):
     return images, labels, sigma, noise
 
 
-def edm2_loss(model, uncertainty, images, labels, sigma, noise):
-    """lambda(sigma) / exp(u(sigma)) · (D - y)² + u(sigma), averaged [EDM2, Eq. 14-16, 21].
-
-    model(x, sigma, labels): the denoiser, perhaps wrapped. uncertainty(sigma): its u.
-    """
-    s = sigma.view(-1, 1, 1, 1)
-    weight = (s**2 + Denoiser.sigma_data**2) / (s * Denoiser.sigma_data) ** 2
-    u = uncertainty(sigma).view(-1, 1, 1, 1)
-    error = model(images + s * noise, sigma, labels) - images
-    return (weight / u.exp() * error**2 + u).mean()
-
-
 def zero_nonfinite(gradients):
     """Replace NaN and infinity by 0, as EDM2 does. Returns in how many tensors there were any, as a tensor."""
     norms = torch.stack(torch._foreach_norm(gradients))
@@ -269,19 +253,19 @@ def load_state(config):
 
 
 def write_files(config, dataset, denoiser, ema, optimizer, done):
-    """What is due after step `done`: the state to resume from, EMA snapshots, a sample grid (always from the same seeds)."""
+    """What is due after step `done`: EMA snapshots, the state to resume from, a sample grid (always from the same seeds)."""
     out = Path(config.out)
 
     def due(every):
         return done == config.steps or (every and done % every == 0)
 
-    if due(config.save_every):
-        save_atomically({"step": done, "config": flatten(config), "weights": denoiser.state_dict(), "ema": ema.state_dict(),
-                         "optimizer": optimizer.state_dict()}, out / "state.pt")
     if due(config.snapshot_every):
         info = {"model": dataclasses.asdict(config.model), "data": dataset.stats}
         for std, average in ema.averages.items():
             save_snapshot(out / "ema", average, done, std, info)
+    if due(config.save_every):
+        save_atomically({"step": done, "config": flatten(config), "weights": denoiser.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": optimizer.state_dict()}, out / "state.pt")
     if due(config.sample_every):
         labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
         average = ema.averages[max(config.ema_stds)]

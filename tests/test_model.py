@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from layers import mp_weights, normalize_weights
-from model import SIZES, Denoiser, DiT, DiTConfig, magnitudes, position_embedding
+from model import SIZES, Denoiser, DiT, DiTConfig, edm2_loss, magnitudes, position_embedding
 
 SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=3, num_classes=5)
 
@@ -173,6 +174,28 @@ def test_uncertainty_is_one_linear_over_fourier_features_of_c_noise():
     features = denoiser.u_fourier(sigma.log() / 4)
     expected = features @ denoiser.u_linear.weight[0] / denoiser.u_linear.weight[0].norm()
     torch.testing.assert_close(denoiser.uncertainty(sigma), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_loss_is_the_weighted_error_over_exp_u_plus_u():
+    torch.manual_seed(0)
+    y, noise, sigma, labels = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2), torch.rand(4) + 0.1, torch.zeros(4)
+    loss = edm2_loss(lambda x, s, c: 0.3 * x, lambda s: s * 2, y, labels, sigma, noise)
+    expected = 0
+    for i in range(4):
+        s = sigma[i].item()
+        weight = (s**2 + 0.25) / (s * 0.5) ** 2
+        error = 0.3 * (y[i] + s * noise[i]) - y[i]
+        expected += (weight / math.exp(2 * s) * error.square().mean().item() + 2 * s) / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_is_least_over_u_where_exp_u_is_the_weighted_error():
+    y, noise, sigma = torch.randn(1, 1, 8, 8), torch.randn(1, 1, 8, 8), torch.ones(1)
+    u = torch.zeros(1, requires_grad=True)
+    for _ in range(200):
+        grad, = torch.autograd.grad(edm2_loss(lambda x, s, c: 0 * x, lambda s: u, y, None, sigma, noise), u)
+        u.data -= 0.3 * grad
+    assert u.exp().item() == pytest.approx(5 * y.square().mean().item(), rel=1e-3)     # lambda(1) = 5
 
 
 def test_averaged_weights_act_the_same_before_and_after_they_are_normalised():

@@ -7,8 +7,7 @@ import torch
 
 from data import load_dataset
 from model import DiTConfig
-from train import (TrainConfig, config_keys, draw_batch, edm2_loss, learning_rate, load_config, save_config,
-                   zero_nonfinite)
+from train import TrainConfig, config_keys, draw_batch, learning_rate, load_config, save_config, zero_nonfinite
 
 CPU = torch.device("cpu")
 
@@ -51,28 +50,6 @@ def test_unconditional_training_sees_the_null_label_alone():
     config, digits = digits_config(batch=8)
     config.model = DiTConfig(depth=1, width=16, heads=1, num_classes=0).fit(8, 1, 10)
     assert config.model.num_classes == 0 and (draw_batch(config, digits, 0, slice(0, 8), CPU)[1] == 0).all()
-
-
-def test_loss_is_the_weighted_error_over_exp_u_plus_u():
-    torch.manual_seed(0)
-    y, noise, sigma, labels = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2), torch.rand(4) + 0.1, torch.zeros(4)
-    loss = edm2_loss(lambda x, s, c: 0.3 * x, lambda s: s * 2, y, labels, sigma, noise)
-    expected = 0
-    for i in range(4):
-        s = sigma[i].item()
-        weight = (s**2 + 0.25) / (s * 0.5) ** 2
-        error = 0.3 * (y[i] + s * noise[i]) - y[i]
-        expected += (weight / math.exp(2 * s) * error.square().mean().item() + 2 * s) / 4
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_loss_is_least_over_u_where_exp_u_is_the_weighted_error():
-    y, noise, sigma = torch.randn(1, 1, 8, 8), torch.randn(1, 1, 8, 8), torch.ones(1)
-    u = torch.zeros(1, requires_grad=True)
-    for _ in range(200):
-        grad, = torch.autograd.grad(edm2_loss(lambda x, s, c: 0 * x, lambda s: u, y, None, sigma, noise), u)
-        u.data -= 0.3 * grad
-    assert u.exp().item() == pytest.approx(5 * y.square().mean().item(), rel=1e-3)     # lambda(1) = 5
 
 
 def test_nonfinite_gradients_become_zero_and_are_counted():
