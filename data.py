@@ -3,7 +3,6 @@
 Only this file knows formats. A new one is a function that returns a Dataset, named in LOADERS.
 """
 
-import difflib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -92,6 +91,5 @@ LOADERS = {"digits": load_digits}
 def load_dataset(name):
     """The dataset called `name`. Raises ValueError if there is none."""
     if name not in LOADERS:
-        near = difflib.get_close_matches(name, LOADERS, n=1) or list(LOADERS)
-        raise ValueError(f"dataset: there is no {name!r}; did you mean {near[0]!r}?")
+        raise ValueError(f"dataset: there is no {name!r}; there is {', '.join(LOADERS)}")
     return LOADERS[name]()

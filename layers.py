@@ -1,4 +1,8 @@
-"""Magnitude-preserving layers: every piece maps activations of RMS 1 to activations of RMS 1.
+"""Magnitude-preserving layers: each keeps activations at RMS 1 by its own form, with nothing to learn or to measure.
+
+normalize and rotate do so exactly; mp_silu, mp_sum, mp_cat and the layers in expectation, for independent inputs of RMS 1.
+Two do not: attention averages tokens, so its result is the shorter the less they have in common; and modulation other
+than rotation is free to scale.
 
 Sources: [EDM2] Karras et al. 2024, arXiv 2312.02696; [MaP-DiT] Bill et al. 2025, arXiv 2505.19122.
 Read this file first, then model.py. Torch only: copy what you need, each definition names what it leans on.
@@ -20,7 +24,7 @@ class Normalize(torch.autograd.Function):
     """normalize(x): scale the last dimension to RMS 1, x / sqrt(mean(x²) + eps²), the norm in float32 [EDM2, Eq. 47].
 
     x: (..., D), float32 or a 16-bit type; the result has the same shape and dtype. eps = 1e-4 is an RMS: what lies well
-    below it stays small instead of being blown up. The gradient is written out, being much shorter than the derived one.
+    below it stays small instead of being blown up. The gradient is written out, being much shorter than the derived one; there is no second.
     """
 
     @staticmethod
@@ -69,7 +73,7 @@ class Rotate(torch.autograd.Function):
     """rotate(x, theta): turn the D channels, seen as D/2 planes (i, i + D/2), by the angles theta [MaP-DiT].
 
     x: (..., D), theta: (..., D/2) in radians, broadcast against each other -> (..., D), the dtype of x, computed in
-    float32. Every norm stays as it is. The gradient is written out: for x it is the rotation by -theta.
+    float32. Every norm stays as it is. The gradient is written out: for x it is the rotation by -theta; there is no second.
     """
 
     @staticmethod
@@ -202,6 +206,8 @@ class Modulation(nn.Module):
 
     def __init__(self, width, kinds):
         super().__init__()
+        if unknown := set(kinds) - set(self.KINDS):
+            raise ValueError(f"modulation: {sorted(unknown)[0]!r} is not one of {', '.join(self.KINDS)}")
         self.kinds = [kind for kind in self.KINDS if kind in kinds]
         if not self.kinds:
             return
@@ -234,7 +240,8 @@ def mp_weights(model):
 def force_weight_normalization(model):
     """Promise the layers of `model` that their weights sit at RMS 1 while it trains [EDM2, Eq. 66]. Returns the weights.
 
-    Linear layers then skip the normalization in train mode. The promise is kept around every optimizer step:
+    Normalising a row that is at RMS 1 changes nothing, and its gradient is the plain one less the part along the row. So
+    in train mode linear layers skip the normalization, and both halves are made good around every optimizer step:
 
         loss.backward(); project_gradients(weights); optimizer.step(); normalize_weights(weights)
     """

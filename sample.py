@@ -1,19 +1,27 @@
 """Draw images from a trained run: `python sample.py` takes the newest one and writes a grid, one row per class.
 
-Source: [EDM] Karras et al. 2022, arXiv 2206.00364. The sampler takes any callable denoiser(x, sigma, labels).
+`torchrun --nproc_per_node=8 sample.py ...` shares the work; an image depends on its label and seed alone, not on the split.
+The sampler takes any callable denoiser(x, sigma, labels). Read ema.py before, data.py after.
+
+Sources: [EDM] Karras et al. 2022, arXiv 2206.00364; [Autoguidance] Karras et al. 2024, arXiv 2406.02507;
+guidance in an interval: Kynkäänniemi et al. 2024, arXiv 2404.07724.
 """
 
 import argparse
+import errno
+import math
+import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from data import to_uint8
-from ema import list_snapshots, load_snapshot
+from ema import atomic_file, check_fit, find_snapshot, list_snapshots, load_snapshot
 from layers import mp_weights, normalize_weights
 from model import Denoiser, DiTConfig
 
@@ -26,17 +34,28 @@ def noise_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 
 @torch.no_grad()
-def heun_sampler(denoise, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """Follow the probability-flow ODE from noise to images with Heun's second-order method [EDM, Algorithm 1].
+def heun_sampler(denoise, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0,
+                 churn=0.0, churn_interval=(0.0, math.inf), churn_noise=1.0, draw=None, watch=None):
+    """Follow the probability-flow ODE from noise to images with Heun's second-order method [EDM, Algorithms 1 and 2].
 
     denoise(x, sigma, labels): the denoised images; x (B, C, S, S), sigma a float. noise: (B, C, S, S), unit normal.
+    churn: S_churn of Algorithm 2; at noise levels within churn_interval every step first adds up to churn/steps of the level
+    as fresh noise of standard deviation churn_noise, taken from draw() (default: torch's own random state).
+    watch(x, sigma): called with what each step starts from.
     Costs 2·steps - 1 calls of `denoise` and returns images like `noise`.
     """
     if steps < 2:
         raise ValueError(f"the sampler needs at least 2 steps, not {steps}")
+    draw = draw or (lambda: torch.randn_like(noise))
     sigmas = noise_levels(steps, sigma_min, sigma_max, rho).tolist()
     x = noise * sigmas[0]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        if watch:
+            watch(x, sigma)
+        if churn and churn_interval[0] <= sigma <= churn_interval[1]:
+            higher = sigma * (1 + min(churn / steps, math.sqrt(2) - 1))
+            x = x + math.sqrt(higher**2 - sigma**2) * churn_noise * draw()
+            sigma = higher
         slope = (x - denoise(x, sigma, labels)) / sigma
         x_next = x + (sigma_next - sigma) * slope                           # Euler
         if sigma_next > 0:
@@ -46,40 +65,86 @@ def heun_sampler(denoise, noise, labels=None, steps=32, sigma_min=0.002, sigma_m
     return x
 
 
-def seeded_noise(seeds, shape, device="cpu"):
-    """Unit normal noise (len(seeds), *shape). Each image's noise depends on its own seed (0 to 2**32 - 1) alone."""
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(noise).to(device)
+def guided(denoiser, guidance, guide=None, interval=(0.0, math.inf)):
+    """A denoise(x, sigma, labels) that extrapolates from a weaker denoiser: weak + guidance·(main - weak).
 
-
-def sample(denoiser, stats, labels, seeds, steps=32, batch=256, progress=None):
-    """Images (N, C, S, S), uint8 on the CPU, one for each pair of label (int, or num_classes for none) and seed.
-
-    stats: mean and std of the dataset. progress: called after every batch with the number of images done.
+    guide: the weaker one, shown the same labels [Autoguidance]; without it, `denoiser` itself shown the null label, which
+    is classifier-free guidance. Acts for interval[0] < sigma <= interval[1] only [Kynkäänniemi et al. 2024]; 1 is none.
     """
-    config, device, images = denoiser.net.config, next(denoiser.parameters()).device, []
+    def denoise(x, sigma, labels):
+        if guidance == 1 or not interval[0] < sigma <= interval[1]:
+            return denoiser(x, sigma, labels)
+        if guide:
+            main, weak = denoiser(x, sigma, labels), guide(x, sigma, labels)
+        else:
+            null = torch.full_like(labels, denoiser.net.config.num_classes)
+            main, weak = denoiser(torch.cat([x, x]), sigma, torch.cat([labels, null])).chunk(2)
+        return weak + guidance * (main - weak)
+
+    return denoise
+
+
+def seeded_noise(seeds, shape, device="cpu"):
+    """A function that draws unit normal noise (len(seeds), *shape), new at every call.
+
+    Each image's noise depends on its own seed (0 to 2**32 - 1) alone.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+
+def sample(denoiser, stats, labels, seeds, batch=256, frames=False, denoise=None, **options):
+    """Draw one image for each pair of label (int, or num_classes for none) and seed; yields them in batches.
+
+    stats: mean and std of the dataset. denoise: what to sample with, if not `denoiser` itself. options: heun_sampler's.
+    Yields uint8 (B, C, S, S) on the CPU; with `frames` (B, steps + 1, C, S, S), what each step starts from and the result.
+    """
+    config, device = denoiser.net.config, next(denoiser.parameters()).device
     for start in range(0, len(seeds), batch):
-        noise = seeded_noise(seeds[start:start + batch], (config.channels, config.image_size, config.image_size), device)
-        rows = torch.tensor(labels[start:start + batch], device=device)
-        images.append(to_uint8(heun_sampler(denoiser, noise, rows, steps), stats).cpu())
-        if progress:
-            progress(start + len(rows))
-    return torch.cat(images)
+        draw = seeded_noise(seeds[start:start + batch], (config.channels, config.image_size, config.image_size), device)
+        rows, seen = torch.tensor(labels[start:start + batch], device=device), []
+
+        def watch(x, sigma):                                                # scaled back to the data's own range
+            seen.append(x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data)))
+
+        x = heun_sampler(denoise or denoiser, draw(), rows, draw=draw, watch=watch if frames else None, **options)
+        yield to_uint8(torch.stack([*seen, x], dim=1) if frames else x, stats).cpu()
+
+
+def to_picture(image):
+    """One image (1 or 3, H, W), uint8, for Pillow."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
+def save_picture(image, path):
+    """Write one image as a PNG."""
+    with atomic_file(path) as file:
+        to_picture(image).save(file, format="PNG")
+
+
+def make_grid(images, columns):
+    """Images (N, C, S, S), uint8, as one (C, H, W), row by row; small ones are enlarged by whole pixels."""
+    enlarge = max(1, 64 // images.shape[-1])
+    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    cell, rows = images.shape[-1] + 2, -(-len(images) // columns)
+    sheet = torch.full((images.shape[1], rows * cell + 2, columns * cell + 2), 48, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * cell + 2, i % columns * cell + 2
+        sheet[:, top:top + cell - 2, left:left + cell - 2] = image
+    return sheet
 
 
 def save_grid(images, columns, path):
-    """Write images (N, 1 or 3, S, S), uint8, as one PNG, row by row; small ones are enlarged by whole pixels."""
-    channels, size = images.shape[1], images.shape[-1]
-    enlarge = max(1, 64 // size)
-    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    cell = size * enlarge + 2
-    rows = -(-len(images) // columns)
-    sheet = np.full((rows * cell + 2, columns * cell + 2, channels), 48, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * cell + 2, i % columns * cell + 2
-        sheet[top:top + cell - 2, left:left + cell - 2] = image.permute(1, 2, 0).numpy()
+    """Write images (N, 1 or 3, S, S), uint8, as one PNG."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet).save(path)
+    save_picture(make_grid(images, columns), path)
+
+
+def save_animation(frames, columns, path):
+    """Write images in the making (N, frames, C, S, S), uint8, as an animated GIF of their grid; the last frame stays."""
+    first, *rest = [to_picture(make_grid(images, columns)) for images in frames.unbind(1)]
+    with atomic_file(path) as file:
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=[100] * len(rest) + [2000], loop=0)
 
 
 def choose_device(name="", local_rank=None):
@@ -100,15 +165,6 @@ def choose_device(name="", local_rank=None):
     return device
 
 
-def load_denoiser(path, device):
-    """The denoiser in a snapshot file, in eval mode, and the statistics of its dataset."""
-    snapshot = load_snapshot(path)
-    denoiser = Denoiser(DiTConfig(**snapshot["info"]["model"]))
-    denoiser.load_state_dict(snapshot["weights"])
-    normalize_weights(mp_weights(denoiser))                                 # averaging made them shorter than 1
-    return denoiser.to(device).eval(), snapshot["info"]["data"]
-
-
 def newest_run(folder="out"):
     """The run directory under `folder` with the newest snapshot. Raises ValueError if there is none."""
     snapshots = [path for run in Path(folder).glob("*/ema") for _, _, path in list_snapshots(run)]
@@ -117,68 +173,178 @@ def newest_run(folder="out"):
     return max(snapshots, key=lambda path: path.stat().st_mtime).parent.parent
 
 
-def choose_snapshot(run, std=None):
-    """The last snapshot of a run directory: of width `std`, or of the widest. Raises ValueError if there is none."""
-    snapshots = list_snapshots(Path(run) / "ema")
-    if not snapshots:
-        raise ValueError(f"{run}: no snapshots in {Path(run) / 'ema'}")
-    stds = sorted({width for _, width, _ in snapshots})
-    std = stds[-1] if std is None else std
-    if std not in stds:
-        raise ValueError(f"{run}: no snapshot of EMA width {std}; there are {', '.join(map(str, stds))}")
-    return [path for _, width, path in snapshots if width == std][-1]
+def load_denoiser(path, device, std=None):
+    """The denoiser in a snapshot file, or the last one of EMA width `std` (None: the widest) in a run directory.
+
+    Returns it in eval mode, with the statistics of its dataset. Widths that were not tracked are reconstructed.
+    Raises ValueError, in one line naming the file, if there is none.
+    """
+    path = Path(path)
+    if path.is_file() and std is not None:
+        raise ValueError(f"{path} is one snapshot; to choose an EMA width, name the run directory")
+    path = path if path.is_file() else find_snapshot(path / "ema", std)
+    snapshot = load_snapshot(path)
+    check_fit(snapshot)
+    try:
+        denoiser = Denoiser(DiTConfig(**snapshot["info"]["model"]))
+        denoiser.load_state_dict(snapshot["weights"])
+        stats = {name: float(snapshot["info"]["data"][name]) for name in ("mean", "std")}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: no denoiser of this code ({str(error).splitlines()[0]})") from None
+    normalize_weights(mp_weights(denoiser))                                 # averaging made them shorter than 1
+    return denoiser.to(device).eval(), stats
+
+
+def gather(mine, total, rank, processes):
+    """Put together what all processes made: process r has numbers r, r + processes, ... of `total` images."""
+    if processes == 1:
+        return mine
+    share = -(-total // processes)
+    padded = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(processes)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+def save_images(images, labels, columns, out):
+    """Write images, or their frames, as `out` says: a grid, with its animation if there are frames, or arrays."""
+    final = images[:, -1] if images.ndim == 5 else images
+    if out.suffix == ".npz":
+        with atomic_file(out) as file:
+            np.savez(file, arr_0=final.permute(0, 2, 3, 1).numpy(), labels=np.array(labels))
+    else:
+        save_grid(final, columns, out)
+        if images.ndim == 5:
+            save_animation(images, columns, out.with_suffix(".gif"))
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(*names, **more):
+        parser.add_argument(*names, **more)
+
+    add("run", nargs="?", help="run directory or snapshot file (default: the run under out/ with the newest snapshot)")
+    add("--ema", type=float, metavar="STD", help="EMA width, any between 0 and 0.289 (default: the widest in training)")
+    add("--labels", type=int, nargs="+", help="classes to draw, a row each (default: all, in a grid the first 16)")
+    add("--columns", type=int, default=10, help="images of each class (default: 10)")
+    add("--seed", type=int, default=0, help="seed of the first image, the next has seed + 1 (default: 0)")
+    add("--batch", type=int, default=256, help="images drawn at once (default: 256)")
+    add("--steps", type=int, default=32, help="sampler steps, at least 2 (default: 32)")
+    add("--guidance", type=float, default=1.0, help="guidance strength (default: 1, none)")
+    add("--guide", metavar="RUN", help="guide by this weaker run or snapshot (default: by the null label)")
+    add("--guide-ema", type=float, metavar="STD", help="EMA width of the guide; without --guide, of the same run")
+    add("--guidance-interval", type=float, nargs=2, default=(0, math.inf), metavar=("LO", "HI"), help="guide for LO < sigma <= HI")
+    add("--churn", type=float, default=0.0, help="S_churn, fresh noise at every step (default: 0, deterministic)")
+    add("--churn-interval", type=float, nargs=2, default=(0, math.inf), metavar=("LO", "HI"), help="S_tmin and S_tmax")
+    add("--churn-noise", type=float, default=1.0, help="S_noise, standard deviation of the fresh noise (default: 1)")
+    add("--out", type=Path, help="FILE.png: a grid; FILE.npz: arr_0 and labels; anything else: a directory of PNGs numbered "
+                                 "by seed (default: grid.png in the run directory)")
+    add("--gif", action="store_true", help="also write the grid as an animation of the denoising")
+    add("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    return parser
+
+
+def check_arguments(args):
+    """Raises ValueError, in one line, for values that are wrong whatever the run."""
+    for name, least in dict(columns=1, steps=2, seed=0, batch=1, guidance=0, churn=0, churn_noise=0).items():
+        if not least <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')}: must be at least {least}, not {getattr(args, name)}")
+    for name in ("guidance_interval", "churn_interval"):
+        low, high = getattr(args, name)
+        if not low < high:
+            raise ValueError(f"--{name.replace('_', '-')}: {low:g} to {high:g} is upside down")
+    if args.guidance == 1 and (args.guide or args.guide_ema is not None):
+        raise ValueError("--guidance: a guide does nothing at strength 1; try --guidance=2")
+    if args.gif and args.out and args.out.suffix != ".png":
+        raise ValueError(f"--gif: goes with a grid, but --out is {args.out}")
+
+
+def check_guidance(denoiser, guide, guidance):
+    """Raises ValueError if the guide is for other images, or there is none and the null label was never trained."""
+    config = denoiser.net.config
+    if guide:
+        for name in ("channels", "image_size", "num_classes"):
+            ours, theirs = getattr(config, name), getattr(guide.net.config, name)
+            if ours != theirs:
+                raise ValueError(f"--guide: has {name} = {theirs}, but the run has {ours}")
+    elif guidance != 1 and not config.num_classes:
+        raise ValueError("--guidance: the run has no labels to guide with; name a weaker one with --guide")
+    elif guidance != 1 and not config.label_dropout:
+        raise ValueError("--guidance: the run was trained without null labels (label_dropout = 0); name a weaker one with --guide")
+
+
+def choose_labels(args, classes):
+    """A label for each image, --columns of every class asked for. Raises ValueError for a class that is not there."""
+    rows = args.labels or range(max(classes, 1))
+    if not args.labels and (args.out is None or args.out.suffix == ".png"):
+        rows = rows[:16]
+    for label in rows:
+        if not 0 <= label < max(classes, 1):
+            raise ValueError(f"--labels: there is no class {label}; the run knows {f'0 to {classes - 1}' if classes else 'none'}")
+    labels = [label for label in rows for _ in range(args.columns)]
+    if args.seed + len(labels) > 2**32:
+        raise ValueError(f"--seed: must leave the last seed below 2**32, not {args.seed}")
+    return labels
+
+
+def prepare_output(out):
+    """Make the directory that `out` needs, or is. Raises ValueError if that cannot be."""
+    folder = out.parent if out.suffix in (".png", ".npz") else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {folder} ({error.strerror})") from None
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="run directory (default: the one under out/ with the newest snapshot)")
-    parser.add_argument("--labels", type=int, nargs="+", help="classes to draw, a row each (default: all, 16 at most)")
-    parser.add_argument("--columns", type=int, default=10, help="images of each class (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image, the next has seed + 1 (default: 0)")
-    parser.add_argument("--steps", type=int, default=32, help="sampler steps, at least 2 (default: 32)")
-    parser.add_argument("--ema", type=float, help="EMA width of the snapshot (default: the widest)")
-    parser.add_argument("--batch", type=int, default=256, help="images drawn at once (default: 256)")
-    parser.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--out", help="the PNG to write (default: grid.png in the run directory)")
+    parser = make_parser()
     args = parser.parse_args()
-
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")                     # one voice is enough
+    if processes > 1:
+        dist.init_process_group("gloo")                                     # only finished images travel
     try:
-        device = choose_device(args.device)
+        check_arguments(args)
+        device = choose_device(args.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)
         run = Path(args.run or newest_run())
-        path = choose_snapshot(run, args.ema)
-        denoiser, stats = load_denoiser(path, device)
+        if rank > 0:
+            dist.barrier()                                                  # the first process may have to reconstruct
+        denoiser, stats = load_denoiser(run, device, args.ema)
+        guide = load_denoiser(args.guide or run, device, args.guide_ema)[0] if args.guide or args.guide_ema is not None else None
+        if processes > 1 and rank == 0:
+            dist.barrier()
+        check_guidance(denoiser, guide, args.guidance)
+        labels = choose_labels(args, denoiser.net.config.num_classes)
+        if len(labels) < processes:
+            raise ValueError(f"{len(labels)} images are too few for {processes} processes")
+        out = args.out or (run.parent if run.is_file() else run) / "grid.png"
+        prepare_output(out)
     except ValueError as error:
         parser.error(str(error))
-    classes = denoiser.net.config.num_classes
-    rows = args.labels if args.labels is not None else list(range(min(classes, 16))) or [0]
-    for label in rows:
-        if not 0 <= label < max(classes, 1):
-            knows = f"0 to {classes - 1}" if classes else "none"
-            parser.error(f"--labels: there is no class {label}; the run knows {knows}")
-    for name, least in (("columns", 1), ("steps", 2), ("seed", 0), ("batch", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name}: must be at least {least}, not {getattr(args, name)}")
+    seeds = range(args.seed, args.seed + len(labels))
 
-    labels = [label for label in rows for _ in range(args.columns)]
-    seeds = [args.seed + i for i in range(len(labels))]
-    if seeds[-1] >= 2**32:
-        parser.error(f"--seed: must leave the last seed below 2**32, not {args.seed}")
-    out = Path(args.out or run / "grid.png")
-    if out.suffix.lower() != ".png" or not out.parent.is_dir():
-        parser.error(f"--out: {out} must end in .png and lie in a directory that exists")
-
-    begin = time.monotonic()
-
-    def progress(done):
-        seconds = time.monotonic() - begin
-        left = seconds / done * (len(seeds) - done)
-        print(f"{done}/{len(seeds)} images  {done / seconds:.1f} images/s  {left:.0f} s left",
-              end="\r" if sys.stderr.isatty() and done < len(seeds) else "\n", file=sys.stderr, flush=True)
-
-    print(f"sampling {len(seeds)} images from {path}", file=sys.stderr)
-    images = sample(denoiser, stats, labels, seeds, args.steps, args.batch, progress)
-    save_grid(images, args.columns, out)
+    mine, begin, done, images = seeds[rank::processes], time.monotonic(), 0, []
+    for made in sample(denoiser, stats, labels[rank::processes], mine, args.batch, frames=args.gif,
+                       denoise=guided(denoiser, args.guidance, guide, args.guidance_interval), steps=args.steps,
+                       churn=args.churn, churn_interval=args.churn_interval, churn_noise=args.churn_noise):
+        if out.suffix in (".png", ".npz"):
+            images.append(made)
+        else:
+            for seed, image in zip(mine[done:], made):
+                save_picture(image, out / f"{seed:06d}.png")
+        done += len(made)
+        rate = done / (time.monotonic() - begin)
+        print(f"{done}/{len(mine)} images  {rate:.1f} images/s  {(len(mine) - done) / rate:.0f} s left" + (f", in each of {processes} processes" if processes > 1 else ""),
+              end="\r" if sys.stderr.isatty() and done < len(mine) else "\n", file=sys.stderr, flush=True)
+    if images:
+        images = gather(torch.cat(images), len(seeds), rank, processes)
+        if rank == 0:
+            save_images(images, labels, args.columns, out)
     print(out)
 
 

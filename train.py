@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from data import batch_indices, load_dataset
-from ema import PowerEMA, save_atomically, save_snapshot
+from ema import PowerEMA, atomic_file, save_snapshot
 from layers import force_weight_normalization, normalize_weights, project_gradients
 from model import Denoiser, DiTConfig, edm2_loss, key, magnitudes
 from sample import choose_device, sample, save_grid
@@ -39,6 +39,7 @@ class TrainConfig:
     dataset: str = key("digits", "what to train on")
     seed: int = key(0, "decides everything random, together with the step")
     device: str = key("", "cuda, mps or cpu (empty: the best there is)")
+    threads: int = key(0, "CPU threads of a process (0: as torch chooses)")
     compile: bool = key(True, "torch.compile the network, on CUDA only")
     steps: int = key(1200, "optimizer steps")
     batch: int = key(64, "images a step, over all processes and micro-batches")
@@ -58,7 +59,7 @@ class TrainConfig:
     def __post_init__(self):
         if self.seed >= 2**63:
             raise ValueError(f"seed: {self.seed} has more than 63 bits")
-        for name, least in dict(seed=0, steps=1, batch=1, micro_batch=0, warmup_steps=0, decay_steps=0, log_every=1,
+        for name, least in dict(seed=0, threads=0, steps=1, batch=1, micro_batch=0, warmup_steps=0, decay_steps=0, log_every=1,
                                 sample_every=0, snapshot_every=0, save_every=1).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, not {getattr(self, name)}")
@@ -83,9 +84,9 @@ def config_keys():
 def parse_text(text, kind):
     """What TOML would hold for a command-line text, lists written a,b,c; a text of another kind comes back as it is."""
     if typing.get_origin(kind) is tuple:
-        return [parse_text(part, kind.__args__[0]) for part in text.split(",")]
+        return [parse_text(part, kind.__args__[0]) for part in text.strip("[]").split(",")]
     if kind is bool:
-        return {"true": True, "false": False}.get(text, text)
+        return {"true": True, "false": False}.get(text.lower(), text)
     try:
         return kind(text)
     except ValueError:
@@ -107,10 +108,13 @@ def check_type(value, kind, where):
 def load_config(argv):
     """Defaults, then the TOML file of --config, then --key=value overrides. Raises ValueError, in one line."""
     keys, values, origin, texts = config_keys(), {}, {}, {}
-    for word in argv:
-        if not word.startswith("--") or "=" not in word:
+    words = iter(argv)
+    for word in words:
+        name, equals, text = word.partition("=")
+        text = text if equals else next(words, None)
+        if not name.startswith("--") or text is None:
             raise ValueError(f"{word!r} is not of the form --key=value; --help lists the keys")
-        texts |= [word[2:].split("=", 1)]
+        texts[name[2:]] = text
     path = texts.pop("config", None)
     if path is not None:
         try:
@@ -126,7 +130,8 @@ def load_config(argv):
         values[name], origin[name] = parse_text(text, keys[name].type if name in keys else str), f"--{name}"
     for name in values:
         if name not in keys:
-            near = difflib.get_close_matches(name, keys, n=1, cutoff=0)[0]
+            same = [key for key in keys if key.split(".")[-1] == name.split(".")[-1]]        # right, but in the wrong table
+            near = (same or difflib.get_close_matches(name, keys, n=1, cutoff=0))[0]
             raise ValueError(f"{origin[name]}: unknown key; did you mean {near!r}?")
         values[name] = check_type(values[name], keys[name].type, origin[name])
 
@@ -233,7 +238,7 @@ def prepare_run(config, state):
 
 
 # what may change when a run goes on; the rest would make it another experiment
-FREE = {"out", "device", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps", "decay_steps", "log_every",
+FREE = {"out", "device", "threads", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps", "decay_steps", "log_every",
         "sample_every", "snapshot_every", "save_every"}
 
 
@@ -264,13 +269,14 @@ def write_files(config, dataset, denoiser, ema, optimizer, done):
         for std, average in ema.averages.items():
             save_snapshot(out / "ema", average, done, std, info)
     if due(config.save_every):
-        save_atomically({"step": done, "config": flatten(config), "weights": denoiser.state_dict(), "ema": ema.state_dict(),
-                         "optimizer": optimizer.state_dict()}, out / "state.pt")
+        with atomic_file(out / "state.pt") as file:
+            torch.save({"step": done, "config": flatten(config), "weights": denoiser.state_dict(), "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict()}, file)
     if due(config.sample_every):
         labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
         average = ema.averages[max(config.ema_stds)]
         images = sample(average, dataset.stats, labels, range(len(labels)), batch=config.micro_batch or 100)
-        save_grid(images, 10, out / "samples" / f"{done:07d}.png")
+        save_grid(torch.cat(list(images)), 10, out / "samples" / f"{done:07d}.png")
 
 
 # ---- the loop ----
@@ -294,7 +300,7 @@ def train(config, dataset, device, state, rank, processes):
 
     share = config.batch // processes                                       # images of a batch in each process
     micro = config.micro_batch or share                                     # of these at once
-    first, begin, since = state["step"] if state else 0, time.monotonic(), 0
+    first, since, clock = state["step"] if state else 0, 0, time.monotonic()
     loss_sum, nonfinite = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
     for step in range(first, config.steps):
         for start in range(rank * share, (rank + 1) * share, micro):
@@ -321,9 +327,10 @@ def train(config, dataset, device, state, rank, processes):
                 images, labels, sigma, noise = batch
                 rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
                 log(config, done, {"loss": loss, **rms, "nonfinite": nonfinite.item()})
-                show(config, done, loss, (done - first) / (time.monotonic() - begin))
-            loss_sum.zero_(), nonfinite.zero_()
-            since = 0
+                show(config, done, loss, since / (time.monotonic() - clock))
+            loss_sum.zero_()
+            nonfinite.zero_()
+            since, clock = 0, time.monotonic()
         if rank == 0:
             write_files(config, dataset, denoiser, ema, optimizer, done)
 
@@ -335,8 +342,10 @@ def main():
     try:
         config = load_config(sys.argv[1:])
         device = choose_device(config.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)
-        if config.batch % processes or (config.micro_batch and config.batch // processes % config.micro_batch):
-            raise ValueError(f"batch: {config.batch} is not divisible by {processes} process(es) and micro_batch = {config.micro_batch}")
+        if config.batch % processes:
+            raise ValueError(f"batch: {config.batch} is not divisible by the number of processes, {processes}")
+        if config.micro_batch and config.batch // processes % config.micro_batch:
+            raise ValueError(f"micro_batch: {config.micro_batch} does not divide the {config.batch // processes} images of a process")
         dataset = load_dataset(config.dataset)
         config.model = config.model.fit(dataset.images.shape[-1], dataset.images.shape[1], dataset.num_classes)
         state = load_state(config)
@@ -346,6 +355,8 @@ def main():
         if rank == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

@@ -43,8 +43,8 @@ def test_order_does_not_depend_on_how_it_is_asked_for():
     assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_unknown_dataset_names_the_nearest():
-    with pytest.raises(ValueError, match="no 'digit'; did you mean 'digits'"):
+def test_unknown_dataset_names_those_there_are():
+    with pytest.raises(ValueError, match="no 'digit'; there is digits"):
         load_dataset("digit")
 
 

@@ -108,22 +108,61 @@ def test_sample_draws_the_classes_asked_for(trained, tmp_path):
     assert np.abs(picture[66:].astype(int) - again.astype(int)).max() <= 1          # same seeds, same label, same images
 
 
+def test_two_processes_draw_the_same_images_as_one(trained, tmp_path):
+    folder, _ = trained
+    options = ["--labels", "7", "2", "--columns=3", "--steps=4", "--churn=2", "--guidance=2", "--ema=0.08"]
+    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+    run("sample.py", folder, *options, f"--out={one}")
+    run("sample.py", folder, *options, f"--out={two}", "--batch=2", processes=2)
+    run("sample.py", folder, *options, f"--out={tmp_path / 'pngs'}", "--seed=7", processes=2)
+    with np.load(one) as a, np.load(two) as b:
+        assert a["arr_0"].shape == (6, 8, 8, 1) and a["arr_0"].dtype == np.uint8 and a["labels"].tolist() == [7, 7, 7, 2, 2, 2]
+        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1 and (a["labels"] == b["labels"]).all()
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [f"{seed:06d}.png" for seed in range(7, 13)]
+    run("sample.py", folder, *options, f"--out={tmp_path / 'seven.npz'}", "--seed=7")
+    with np.load(tmp_path / "seven.npz") as a:
+        for seed, image in enumerate(a["arr_0"], 7):
+            png = np.asarray(Image.open(tmp_path / "pngs" / f"{seed:06d}.png"))
+            assert np.abs(png.astype(int) - image[..., 0]).max() <= 1
+
+
+def test_reconstructions_are_taken_by_name_and_by_width(trained, tmp_path):
+    folder, _ = trained
+    result = run("ema.py", folder, "--std", "0.06", "0.2")
+    paths = result.stdout.split()
+    assert paths == [f"{folder}/ema/posthoc/0000020-0.060.pt", f"{folder}/ema/posthoc/0000020-0.200.pt"]
+    assert "EMA width 0.2 is beyond" in result.stderr and "4/4 snapshots read" in result.stderr
+    for source in ([paths[0]], [folder, "--ema=0.06"]):
+        run("sample.py", *source, "--columns=2", "--steps=2", f"--out={tmp_path / 'a.png'}", "--gif")
+        picture = (tmp_path / "a.png").read_bytes()
+        assert Image.open(tmp_path / "a.gif").n_frames == 3
+    run("sample.py", paths[0], "--columns=2", "--steps=2", f"--out={tmp_path / 'b.png'}", "--guidance=3", f"--guide={paths[0]}")
+    assert (tmp_path / "b.png").read_bytes() == picture                     # guided by itself
+
+
 @pytest.mark.parametrize("command, message", [
     (["train.py", "--config=nowhere.toml"], "train.py: --config: nowhere.toml: No such file"),
     (["train.py", "--stps=3"], "train.py: --stps: unknown key; did you mean 'steps'?"),
-    (["train.py", "--dataset=digit"], "train.py: dataset: there is no 'digit'; did you mean 'digits'?"),
+    (["train.py", "--dataset=digit"], "train.py: dataset: there is no 'digit'; there is digits"),
     (["train.py", "--model.patch=3"], "train.py: model.patch: image_size = 8 is not divisible by 3"),
     (["train.py", "--device=abacus"], "train.py: device: 'abacus' cannot be used"),
-    (["train.py", "--batch=7", "--micro_batch=2"], "train.py: batch: 7 is not divisible by"),
+    (["train.py", "--batch=7", "--micro_batch=2"], "train.py: micro_batch: 2 does not divide the 7 images"),
     (["train.py", "--out=LICENSE/run"], "train.py: out: cannot write the run directory LICENSE/run"),
-    (["sample.py", "nowhere"], "sample.py: error: nowhere: no snapshots"),
+    (["sample.py", "nowhere"], "sample.py: error: nowhere/ema: there are no snapshots"),
     (["sample.py", "RUN", "--labels", "3", "10"], "sample.py: error: --labels: there is no class 10; the run knows 0 to 9"),
     (["sample.py", "RUN", "--steps=1"], "sample.py: error: --steps: must be at least 2, not 1"),
-    (["sample.py", "RUN", "--ema=0.2"], "sample.py: error: RUN: no snapshot of EMA width 0.2; there are 0.05, 0.1"),
+    (["sample.py", "RUN", "--ema=0.3"], "sample.py: error: an EMA width must lie between 0 and 0.289"),
+    (["sample.py", "RUN", "--guidance=2", "--guidance-interval", "5", "1"], "sample.py: error: --guidance-interval: 5 to 1 is upside down"),
+    (["sample.py", "RUN", "--guide-ema=0.05"], "sample.py: error: --guidance: a guide does nothing at strength 1"),
+    (["sample.py", "RUN", "--guidance=2", "--guide=nowhere"], "sample.py: error: nowhere/ema: there are no snapshots"),
+    (["sample.py", "RUN", "--gif", "--out=a.npz"], "sample.py: error: --gif: goes with a grid"),
+    (["ema.py", "nowhere", "--std", "0.1"], "ema.py: error: nowhere: there are no snapshots"),
+    (["ema.py", "RUN", "--std", "0.29"], "ema.py: error: an EMA width must lie between 0 and 0.289"),
+    (["ema.py", "RUN", "--std", "0.1", "--step=15"], "ema.py: error: RUN/ema: no snapshot at step 15; the nearest is at"),
     (["train.py", *TINY, "--out=RUN", "--seed=1"], "train.py: RUN/state.pt: was trained with seed = 0, not 1"),
     (["train.py", *TINY, "--out=RUN", "--model.patch=4"], "train.py: RUN/state.pt: was trained with model.patch = 2, not 4"),
     (["train.py", *TINY, "--out=RUN", "--steps=20"], "train.py: RUN/state.pt: already trained for 20 steps"),
-    (["sample.py", "RUN", "--out=LICENSE/a.png"], "sample.py: error: --out: LICENSE/a.png must"),
+    (["sample.py", "RUN", "--out=LICENSE/a.png"], "sample.py: error: --out: cannot write to LICENSE"),
     (["sample.py", "RUN", "--seed=4294967290"], "sample.py: error: --seed: must leave"),
 ])
 def test_mistakes_are_one_clear_line_and_exit_code_2(trained, command, message):
