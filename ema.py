@@ -217,7 +217,7 @@ def check_fit(snapshot, bound=0.03):
 
 
 def save_reconstructions(folder, stds, step=None, progress=None):
-    """Reconstruct, and write folder/posthoc/<step>-<std>.pt for each width. Returns the paths."""
+    """Reconstruct, and write folder/posthoc/<step>-<std>.pt for each width. Returns [(path, snapshot)]."""
     for std in stds:
         snapshot_path(folder, 0, std)                                       # refuse a width before the work, not after
     saved = []
@@ -226,8 +226,7 @@ def save_reconstructions(folder, stds, step=None, progress=None):
         path.parent.mkdir(exist_ok=True)
         with atomic_file(path) as file:
             torch.save(snapshot, file)
-        check_fit(snapshot)
-        saved.append(path)
+        saved.append((path, snapshot))
     return saved
 
 
@@ -244,7 +243,7 @@ def find_snapshot(folder, std=None):
         return tracked
     if kept.exists() and kept.stat().st_mtime >= max(path.stat().st_mtime for _, _, path in snapshots):
         return kept
-    return save_reconstructions(folder, [std])[0]
+    return save_reconstructions(folder, [std])[0][0]
 
 
 def main():
@@ -262,7 +261,9 @@ def main():
 
     folder = args.folder / "ema" if (args.folder / "ema").is_dir() else args.folder
     try:
-        print(*save_reconstructions(folder, args.std, args.step, progress), sep="\n")
+        for path, snapshot in save_reconstructions(folder, args.std, args.step, progress):
+            check_fit(snapshot)
+            print(path)
     except ValueError as error:
         parser.error(str(error))
 

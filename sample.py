@@ -74,11 +74,13 @@ def guided(denoiser, guidance, guide=None, interval=(0.0, math.inf)):
     def denoise(x, sigma, labels):
         if guidance == 1 or not interval[0] < sigma <= interval[1]:
             return denoiser(x, sigma, labels)
+        null = torch.full_like(labels, denoiser.net.config.num_classes)
         if guide:
             main, weak = denoiser(x, sigma, labels), guide(x, sigma, labels)
-        else:
-            null = torch.full_like(labels, denoiser.net.config.num_classes)
+        elif x.is_cuda or len(x) <= 32:                                     # large batches gain nothing on a CPU, or lose
             main, weak = denoiser(torch.cat([x, x]), sigma, torch.cat([labels, null])).chunk(2)
+        else:
+            main, weak = denoiser(x, sigma, labels), denoiser(x, sigma, null)
         return weak + guidance * (main - weak)
 
     return denoise

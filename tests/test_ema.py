@@ -170,8 +170,8 @@ def test_a_toy_model_of_another_kind_reconstructs_widths_that_were_tracked_for_c
 
 def test_widths_beyond_the_snapshots_are_warned_of(tmp_path, capsys):
     sources = [(step, std) for step in (50, 100) for std in (0.05, 0.10)]
-    residuals = solve_coefficients(sources, [(100, 0.07), (100, 0.28)])[1]
-    for std, residual in zip((0.07, 0.28), residuals):
+    residuals = solve_coefficients(sources, [(100, 0.05), (100, 0.28)])[1]
+    for std, residual in zip((0.05, 0.28), residuals):
         check_fit({"std": std, "residual": residual})
     warned = capsys.readouterr().err
     assert warned.count("\n") == 1 and "EMA width 0.28 is beyond" in warned and f"{residuals[1]:.1%} off" in warned
