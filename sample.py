@@ -197,6 +197,16 @@ def load_denoiser(path, device, std=None):
     return denoiser.to(device).eval(), stats
 
 
+def join_processes():
+    """The rank of this process and their number under torchrun, connected, with all but the first silent; else 0 and 1."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    if processes > 1:
+        dist.init_process_group("gloo")                                     # only results travel, from the CPU
+    return rank, processes
+
+
 def gather(mine, total, rank, processes):
     """Put together what all processes made: process r has numbers r, r + processes, ... of `total` images."""
     if processes == 1:
@@ -305,11 +315,7 @@ def prepare_output(out):
 def main():
     parser = make_parser()
     args = parser.parse_args()
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")                     # one voice is enough
-    if processes > 1:
-        dist.init_process_group("gloo")                                     # only finished images travel
+    rank, processes = join_processes()
     try:
         check_arguments(args)
         device = choose_device(args.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)

@@ -140,6 +140,23 @@ def test_reconstructions_are_taken_by_name_and_by_width(trained, tmp_path):
     assert (tmp_path / "b.png").read_bytes() == picture                     # guided by itself
 
 
+def test_two_processes_measure_the_same_as_one_and_a_sweep_draws_its_plot(trained, tmp_path):
+    folder, _ = trained
+    options = ["--features=pixels", "--count=30", "--seed=5"]
+    for processes, name in ((1, "one.npz"), (2, "two.npz")):
+        run("fid.py", "stats", folder, f"--out={tmp_path / name}", *options, "--batch=9", processes=processes)
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert one["count"] == two["count"] == 30
+        np.testing.assert_allclose(two["mu"], one["mu"], atol=1e-3)          # a pixel may round to the other side
+        np.testing.assert_allclose(two["sigma"], one["sigma"], atol=1e-3)
+    result = run("fid.py", "sweep", folder, "--std", "0.1", "0.05", *options, f"--out={tmp_path / 'sweep.png'}")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("EMA width 0.100  distance ") and lines[1].startswith("EMA width 0.050") and lines[2].startswith("best: ")
+    single = run("fid.py", folder, "digits", "--ema=0.05", *options).stdout
+    assert lines[1].split()[-1] == single.strip()
+    assert Image.open(tmp_path / "sweep.png").size == (480, 320)
+
+
 @pytest.mark.parametrize("command, message", [
     (["train.py", "--config=nowhere.toml"], "train.py: --config: nowhere.toml: No such file"),
     (["train.py", "--stps=3"], "train.py: --stps: unknown key; did you mean 'steps'?"),
