@@ -9,7 +9,7 @@ lift it out whole. In your own training loop:
     for step in range(1, steps + 1):
         ...                                                   # one optimizer step
         ema.update(model, step)
-        if step % (steps // 20) == 0:
+        if step % 1000 == 0 or step == steps:                 # 20 to 50 times in all
             for std, average in ema.averages.items():
                 save_snapshot("ema", average, step, std)
     for snapshot in reconstruct("ema", stds=[0.03, 0.15]):    # after training, as often as you like
@@ -108,7 +108,7 @@ class PowerEMA:
 @contextmanager
 def atomic_file(path):
     """A binary file to write to that appears at `path` whole, or not at all and leaves what was there."""
-    beside = Path(f"{path}.writing")
+    beside = Path(f"{path}.{os.getpid()}.writing")
     try:
         with open(beside, "wb") as file:
             yield file
@@ -131,7 +131,7 @@ def save_snapshot(folder, average, step, std, info=None, dtype=torch.float16):
     numbers, strings, lists and dicts. Returns the path."""
     path = snapshot_path(folder, step, std)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parameters = {name: p.detach().to("cpu", dtype) for name, p in average.named_parameters()}
+    parameters = {name: p.detach().to("cpu", dtype) for name, p in average.named_parameters(remove_duplicate=False)}
     weights = {name: tensor.cpu() for name, tensor in average.state_dict().items()} | parameters
     buffers = [name for name in weights if name not in parameters]
     with atomic_file(path) as file:
@@ -172,8 +172,8 @@ def list_snapshots(folder):
 def reconstruct(folder, stds, step=None, progress=None):
     """The averages of relative widths `stds` at `step` (None: the last), mixed from the snapshots in `folder`.
 
-    Returns a list of snapshots like load_snapshot's, in float32, each with the "residual" of its fit. Reads every file once
-    and holds one of them at a time beside the results. progress: called with the number of files read and of all.
+    Returns a list of snapshots like load_snapshot's, in float32, each with the "residual" of its fit and the relative error
+    that "rounding" to float16 left. Reads every file once and holds one of them at a time beside the results. progress: called with the number of files read and of all.
     Raises ValueError, in one line, if there is no snapshot at `step` or the files do not fit together.
     """
     sources = list_snapshots(folder)
@@ -191,26 +191,31 @@ def reconstruct(folder, stds, step=None, progress=None):
         snapshot = load_snapshot(path)
         parameters = {name: weight for name, weight in snapshot["weights"].items() if name not in snapshot["buffers"]}
         if sums is None:
+            info, half = snapshot["info"], any(weight.dtype == torch.float16 for weight in parameters.values())
             shapes = {name: weight.shape for name, weight in parameters.items()}
             sums = [{name: torch.zeros(shape) for name, shape in shapes.items()} for _ in stds]
-        if shapes != {name: weight.shape for name, weight in parameters.items()}:
-            raise ValueError(f"{path}: has other weights than {sources[0][2]}")
+        if shapes != {name: weight.shape for name, weight in parameters.items()} or snapshot["info"] != info:
+            raise ValueError(f"{path}: is of another model than {sources[0][2]}")
         for name, weight in parameters.items():
             weight = weight.float()
             for total, x in zip(sums, coefficients[number]):
                 total[name].add_(weight, alpha=x)
         if progress:
             progress(number + 1, len(sources))
-    return [snapshot | {"step": step, "std": std, "weights": snapshot["weights"] | total, "residual": residual}
-            for std, total, residual in zip(stds, sums, residuals.tolist())]
+    rounding = np.linalg.norm(coefficients, axis=0) * (2e-4 if half else 0.0)               # 2e-4: that of one snapshot
+    return [snapshot | {"step": step, "std": std, "weights": snapshot["weights"] | total, "residual": residual, "rounding": error}
+            for std, total, residual, error in zip(stds, sums, residuals.tolist(), rounding.tolist())]
 
 
-def check_fit(snapshot, bound=0.03):
-    """Warn on stderr about a reconstruction of a width that the snapshots could not express.
+def check_fit(snapshot, bound=0.03, rounding_bound=0.005):
+    """Warn on stderr about a reconstruction of a width that the snapshots could not express, or only through their rounding.
 
     On the digits a residual of 0.03 goes with weights 0.1 to 0.2% off, five to ten times what rounding to float16 costs
     anyway; a residual of 0.1 with 0.5 to 1%.
     """
+    if snapshot.get("rounding", 0) > rounding_bound:
+        print(f"warning: EMA width {snapshot['std']} takes so large a coefficient of each snapshot that their float16 leaves an error of "
+              f"about {snapshot['rounding']:.1%}; save them in float32", file=sys.stderr)
     if snapshot.get("residual", 0) > bound:
         print(f"warning: EMA width {snapshot['std']} is beyond what the snapshots can express: the nearest profile they give is "
               f"{snapshot['residual']:.1%} off, trust up to {bound:.0%}; more snapshots would help", file=sys.stderr)
@@ -220,27 +225,32 @@ def save_reconstructions(folder, stds, step=None, progress=None):
     """Reconstruct, and write folder/posthoc/<step>-<std>.pt for each width. Returns [(path, snapshot)]."""
     for std in stds:
         snapshot_path(folder, 0, std)                                       # refuse a width before the work, not after
-    saved = []
-    for snapshot in reconstruct(folder, stds, step, progress):
-        path = snapshot_path(Path(folder) / "posthoc", snapshot["step"], snapshot["std"])
-        path.parent.mkdir(exist_ok=True)
-        with atomic_file(path) as file:
-            torch.save(snapshot, file)
-        saved.append((path, snapshot))
+    if not list_snapshots(folder):
+        raise ValueError(f"{folder}: there are no snapshots")
+    saved, kept = [], Path(folder) / "posthoc"
+    try:
+        kept.mkdir(exist_ok=True)
+        for snapshot in reconstruct(folder, stds, step, progress):
+            path = snapshot_path(kept, snapshot["step"], snapshot["std"])
+            with atomic_file(path) as file:
+                torch.save(snapshot, file)
+            saved.append((path, snapshot))
+    except OSError as error:
+        raise ValueError(f"{kept}: cannot be written ({error.strerror})") from None
     return saved
 
 
 def find_snapshot(folder, std=None):
-    """Path of the snapshot of width `std` (None: the widest) at the last step: one from training or else a reconstruction,
-    made now and kept in folder/posthoc for the next time. Raises ValueError, in one line, if there is none."""
+    """Path of the last snapshot of width `std` (None: the widest): one from training or else a reconstruction, made now and
+    kept in folder/posthoc for the next time. Raises ValueError, in one line, if there is none."""
     snapshots = list_snapshots(folder)
     if not snapshots:
         raise ValueError(f"{folder}: there are no snapshots")
-    step, widest, _ = snapshots[-1]
-    std = widest if std is None else std
-    tracked, kept = snapshot_path(folder, step, std), snapshot_path(Path(folder) / "posthoc", step, std)
-    if tracked.exists():
-        return tracked
+    std = max(width for _, width, _ in snapshots) if std is None else std
+    tracked = [path for _, width, path in snapshots if width == std]
+    if tracked:
+        return tracked[-1]
+    kept = snapshot_path(Path(folder) / "posthoc", snapshots[-1][0], std)
     if kept.exists() and kept.stat().st_mtime >= max(path.stat().st_mtime for _, _, path in snapshots):
         return kept
     return save_reconstructions(folder, [std])[0][0]

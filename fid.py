@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 
 from data import load_dataset
 from ema import atomic_file
-from sample import check_guidance, choose_device, guided, join_processes, load_denoiser, sample, save_picture
+from sample import check_guidance, choose_device, guided, join_processes, leave_processes, load_denoiser, sample, save_picture
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -363,7 +363,7 @@ def draw_samples(run, args, device, numbers):
     """Yield samples of a run; number i comes from seed args.seed + i and is of class i modulo the number of classes."""
     denoiser, stats = load_denoiser(run, device, args.ema)
     classes = max(denoiser.net.config.num_classes, 1)
-    check_guidance(denoiser, None, args.guidance)
+    check_guidance(denoiser, stats, args.guidance)
     yield from sample(denoiser, stats, [i % classes for i in numbers], [args.seed + i for i in numbers], args.batch,
                       denoise=guided(denoiser, args.guidance))
 
@@ -415,7 +415,7 @@ def statistics(source, features, args, device, rank, processes):
             raise ValueError(f"{source}: images of different size have {len(seen.mean)} and {values.shape[1]} features")
         seen.update(values)
         now = time.monotonic()
-        if now - shown > (0.2 if sys.stderr.isatty() else 10):
+        if rank == 0 and now - shown > (0.2 if sys.stderr.isatty() else 10):
             done, shown = seen.count * processes, now
             print(f"{source}: {done}/{total} images  {done / (now - begin):.0f} images/s  {(now - begin) * (total - done) / done:.0f} s left",
                   end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
@@ -423,7 +423,8 @@ def statistics(source, features, args, device, rank, processes):
         raise ValueError(f"{source}: has fewer images than there are processes")
     if processes > 1:
         seen = merge_processes(seen, processes)
-    print(f"{source}: {seen.count} images, {len(seen.mean)} features", file=sys.stderr)
+    if rank == 0:
+        print(f"{source}: {seen.count} images, {len(seen.mean)} features", file=sys.stderr)
     return seen.finish()
 
 
@@ -570,11 +571,10 @@ def main():
                 save_plot(*zip(*ranked), ("EMA width", f"Fréchet distance to {reference}, features: {args.features}"), out)
             print(out)
     except ValueError as error:
-        if rank > 0:
-            sys.stderr = sys.__stderr__                                     # the fault may lie in this process's share alone
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}")
+    leave_processes(processes)
 
 
 if __name__ == "__main__":

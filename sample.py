@@ -74,13 +74,13 @@ def guided(denoiser, guidance, guide=None, interval=(0.0, math.inf)):
     def denoise(x, sigma, labels):
         if guidance == 1 or not interval[0] < sigma <= interval[1]:
             return denoiser(x, sigma, labels)
-        null = torch.full_like(labels, denoiser.net.config.num_classes)
         if guide:
             main, weak = denoiser(x, sigma, labels), guide(x, sigma, labels)
         elif x.is_cuda or len(x) <= 32:                                     # large batches gain nothing on a CPU, or lose
+            null = torch.full_like(labels, denoiser.net.config.num_classes)
             main, weak = denoiser(torch.cat([x, x]), sigma, torch.cat([labels, null])).chunk(2)
         else:
-            main, weak = denoiser(x, sigma, labels), denoiser(x, sigma, null)
+            main, weak = denoiser(x, sigma, labels), denoiser(x, sigma, None)
         return weak + guidance * (main - weak)
 
     return denoise
@@ -184,7 +184,10 @@ def load_denoiser(path, device, std=None):
     path = Path(path)
     if path.is_file() and std is not None:
         raise ValueError(f"{path} is one snapshot; to choose an EMA width, name the run directory")
-    path = path if path.is_file() else find_snapshot(path / "ema", std)
+    if not path.exists():
+        raise ValueError(f"{path}: no such run or snapshot")
+    if path.is_dir():
+        path = find_snapshot(path / "ema" if (path / "ema").is_dir() else path, std)
     snapshot = load_snapshot(path)
     check_fit(snapshot)
     try:
@@ -198,13 +201,20 @@ def load_denoiser(path, device, std=None):
 
 
 def join_processes():
-    """The rank of this process and their number under torchrun, connected, with all but the first silent; else 0 and 1."""
+    """The rank of this process and their number under torchrun, connected, results printed by the first alone; else 0, 1."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
     if processes > 1:
         dist.init_process_group("gloo")                                     # only results travel, from the CPU
     return rank, processes
+
+
+def leave_processes(processes):
+    """Wait for the others, who may still be writing, and disconnect."""
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def gather(mine, total, rank, processes):
@@ -247,11 +257,11 @@ def make_parser():
     add("--guidance", type=float, default=1.0, help="guidance strength (default: 1, none)")
     add("--guide", metavar="RUN", help="guide by this weaker run or snapshot (default: by the null label)")
     add("--guide-ema", type=float, metavar="STD", help="EMA width of the guide; without --guide, of the same run")
-    add("--guidance-interval", type=float, nargs=2, default=(0, math.inf), metavar=("LO", "HI"), help="guide for LO < sigma <= HI")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide for LO < sigma <= HI")
     add("--churn", type=float, default=0.0, help="S_churn, fresh noise at every step (default: 0, deterministic)")
-    add("--churn-interval", type=float, nargs=2, default=(0, math.inf), metavar=("LO", "HI"), help="S_tmin and S_tmax")
-    add("--churn-noise", type=float, default=1.0, help="S_noise, standard deviation of the fresh noise (default: 1)")
-    add("--out", type=Path, help="FILE.png: a grid; FILE.npz: arr_0 and labels; anything else: a directory of PNGs numbered "
+    add("--churn-interval", type=float, nargs=2, metavar=("LO", "HI"), help="S_tmin and S_tmax")
+    add("--churn-noise", type=float, help="S_noise, standard deviation of the fresh noise (default: 1)")
+    add("--out", type=Path, help="FILE.png: a grid; FILE.npz: arr_0 and labels; no suffix: a directory for PNGs numbered "
                                  "by seed (default: grid.png in the run directory)")
     add("--gif", action="store_true", help="also write the grid as an animation of the denoising")
     add("--device", default="", help="cuda, mps or cpu (default: the best there is)")
@@ -260,6 +270,13 @@ def make_parser():
 
 def check_arguments(args):
     """Raises ValueError, in one line, for values that are wrong whatever the run."""
+    for option, strength, off in (("guide", "guidance", 1), ("guide_ema", "guidance", 1), ("guidance_interval", "guidance", 1),
+                                  ("churn_interval", "churn", 0), ("churn_noise", "churn", 0)):
+        if getattr(args, option) is not None and getattr(args, strength) == off:
+            raise ValueError(f"--{option.replace('_', '-')}: does nothing at --{strength}={off}")
+    args.guidance_interval = args.guidance_interval or (0.0, math.inf)
+    args.churn_interval = args.churn_interval or (0.0, math.inf)
+    args.churn_noise = 1.0 if args.churn_noise is None else args.churn_noise
     for name, least in dict(columns=1, steps=2, seed=0, batch=1, guidance=0, churn=0, churn_noise=0).items():
         if not least <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')}: must be at least {least}, not {getattr(args, name)}")
@@ -267,16 +284,18 @@ def check_arguments(args):
         low, high = getattr(args, name)
         if not low < high:
             raise ValueError(f"--{name.replace('_', '-')}: {low:g} to {high:g} is upside down")
-    if args.guidance == 1 and (args.guide or args.guide_ema is not None):
-        raise ValueError("--guidance: a guide does nothing at strength 1; try --guidance=2")
+        if low >= 80 or high <= 0.002:
+            raise ValueError(f"--{name.replace('_', '-')}: {low:g} to {high:g} lies outside the noise levels, 0.002 to 80")
     if args.gif and args.out and args.out.suffix != ".png":
         raise ValueError(f"--gif: goes with a grid, but --out is {args.out}")
 
 
-def check_guidance(denoiser, guide, guidance):
+def check_guidance(denoiser, stats, guidance, guide=None, guide_stats=None):
     """Raises ValueError if the guide is for other images, or there is none and the null label was never trained."""
     config = denoiser.net.config
     if guide:
+        if guide_stats != stats:
+            raise ValueError("--guide: was trained on data of another mean and standard deviation")
         for name in ("channels", "image_size", "num_classes"):
             ours, theirs = getattr(config, name), getattr(guide.net.config, name)
             if ours != theirs:
@@ -292,8 +311,8 @@ def choose_labels(args, classes):
     rows = args.labels or range(max(classes, 1))
     if not args.labels and (args.out is None or args.out.suffix == ".png"):
         rows = rows[:16]
-    for label in rows:
-        if not 0 <= label < max(classes, 1):
+    for label in args.labels or []:
+        if not 0 <= label < classes:
             raise ValueError(f"--labels: there is no class {label}; the run knows {f'0 to {classes - 1}' if classes else 'none'}")
     labels = [label for label in rows for _ in range(args.columns)]
     if args.seed + len(labels) > 2**32:
@@ -303,9 +322,13 @@ def choose_labels(args, classes):
 
 def prepare_output(out):
     """Make the directory that `out` needs, or is. Raises ValueError if that cannot be."""
-    folder = out.parent if out.suffix in (".png", ".npz") else out
+    if out.suffix not in (".png", ".npz", "") or (out.suffix and out.is_dir()):
+        raise ValueError(f"--out: {out} must end in .png or .npz, or be a directory without a suffix")
+    folder = out.parent if out.suffix else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not out.suffix and any(out.glob("*.png")):
+            raise ValueError(f"--out: {out} holds images already, which these would mix with")
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "not writable")
     except OSError as error:
@@ -323,14 +346,16 @@ def main():
         if rank > 0:
             dist.barrier()                                                  # the first process may have to reconstruct
         denoiser, stats = load_denoiser(run, device, args.ema)
-        guide = load_denoiser(args.guide or run, device, args.guide_ema)[0] if args.guide or args.guide_ema is not None else None
+        guide = guide_stats = None
+        if args.guide or args.guide_ema is not None:
+            guide, guide_stats = load_denoiser(args.guide or run, device, args.guide_ema)
         if processes > 1 and rank == 0:
             dist.barrier()
-        check_guidance(denoiser, guide, args.guidance)
+        check_guidance(denoiser, stats, args.guidance, guide, guide_stats)
         labels = choose_labels(args, denoiser.net.config.num_classes)
         if len(labels) < processes:
             raise ValueError(f"{len(labels)} images are too few for {processes} processes")
-        out = args.out or (run.parent if run.is_file() else run) / "grid.png"
+        out = args.out or next(folder for folder in (run, *run.parents) if folder.is_dir() and folder.name not in ("ema", "posthoc")) / "grid.png"
         prepare_output(out)
     except ValueError as error:
         parser.error(str(error))
@@ -347,13 +372,16 @@ def main():
                 save_picture(image, out / f"{seed:06d}.png")
         done += len(made)
         rate = done / (time.monotonic() - begin)
-        print(f"{done}/{len(mine)} images  {rate:.1f} images/s  {(len(mine) - done) / rate:.0f} s left" + (f", in each of {processes} processes" if processes > 1 else ""),
-              end="\r" if sys.stderr.isatty() and done < len(mine) else "\n", file=sys.stderr, flush=True)
+        if rank == 0:
+            everywhere = f" in each of {processes} processes" if processes > 1 else ""
+            print(f"{done}/{len(mine)} images{everywhere}  {rate:.1f} images/s  {(len(mine) - done) / rate:.0f} s left",
+                  end="\r" if sys.stderr.isatty() and done < len(mine) else "\n", file=sys.stderr, flush=True)
     if images:
         images = gather(torch.cat(images), len(seeds), rank, processes)
         if rank == 0:
             save_images(images, labels, args.columns, out)
     print(out)
+    leave_processes(processes)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from data import batch_indices, load_dataset
 from ema import PowerEMA, atomic_file, save_snapshot
 from layers import force_weight_normalization, normalize_weights, project_gradients
 from model import Denoiser, DiTConfig, edm2_loss, key, magnitudes
-from sample import choose_device, sample, save_grid
+from sample import choose_device, leave_processes, sample, save_grid
 
 
 # ---- configuration ----
@@ -223,7 +223,7 @@ def show(config, done, loss, rate):
 # ---- the run directory ----
 
 def prepare_run(config, state):
-    """Make the run directory with its config.toml, and a log that ends where `state` does. Raises ValueError."""
+    """Make the run directory with its config.toml, a log and snapshots that end where `state` does. Raises ValueError."""
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -233,6 +233,9 @@ def prepare_run(config, state):
             whole = [line for line in file if line.endswith("\n")]
             file.truncate(0)
             file.writelines(line for line in whole if state and json.loads(line)["step"] <= state["step"])
+        for path in (*out.glob("ema/*.pt"), *out.glob("ema/posthoc/*.pt")):
+            if int(path.name.split("-")[0]) > (state["step"] if state else 0):
+                path.unlink()                                               # of another course that the run has not taken
     except OSError as error:
         raise ValueError(f"out: cannot write the run directory {out} ({error.strerror})") from None
 
@@ -365,9 +368,7 @@ def main():
     train(config, dataset.to(device), device, state, rank, processes)
     if rank == 0:
         print(Path(config.out) / "samples" / f"{config.steps:07d}.png")
-    if processes > 1:
-        dist.barrier()                                                      # the first process may still be writing
-        dist.destroy_process_group()
+    leave_processes(processes)
 
 
 if __name__ == "__main__":

@@ -179,6 +179,25 @@ def test_widths_beyond_the_snapshots_are_warned_of(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_rounding_that_large_coefficients_blow_up_is_warned_of(tmp_path, capsys):
+    for dtype, warnings in ((torch.float16, 1), (torch.float32, 0)):
+        for step in range(1, 101):
+            for std in (0.05, 0.10):
+                save_snapshot(tmp_path, torch.nn.Linear(2, 2), step, std, dtype=dtype)
+        check_fit(reconstruct(tmp_path, [0.01])[0])
+        assert capsys.readouterr().err.count("save them in float32") == warnings
+
+
+def test_tied_parameters_are_mixed_under_both_names(tmp_path):
+    module = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)])
+    module[1].weight = module[0].weight
+    for step in (4, 8, 12):
+        module[0].weight.data.fill_(float(step))
+        save_snapshot(tmp_path, module, step, 0.10)
+    weights = reconstruct(tmp_path, [0.15])[0]["weights"]
+    assert torch.equal(weights["0.weight"], weights["1.weight"]) and weights["0.weight"].item() < 11.9
+
+
 def test_find_snapshot_prefers_what_was_tracked(tmp_path):
     for step in (4, 8):
         for std in (0.05, 0.10):
@@ -198,7 +217,7 @@ def test_snapshots_that_cannot_be_used_are_named(tmp_path):
         with pytest.raises(ValueError, match="an EMA width"):
             find_snapshot(tmp_path, wrong)
     save_snapshot(tmp_path, torch.nn.Linear(3, 4), 8, 0.05)
-    with pytest.raises(ValueError, match="0000008-0.050.pt: has other weights than .*0000004-0.050.pt"):
+    with pytest.raises(ValueError, match="0000008-0.050.pt: is of another model than .*0000004-0.050.pt"):
         reconstruct(tmp_path, [0.1])
     path = tmp_path / "0000004-0.050.pt"
     for damage in (path.read_bytes()[:-200], b"", b"hello", path.read_bytes()[:50]):

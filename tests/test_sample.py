@@ -5,8 +5,8 @@ from PIL import Image
 
 from model import Denoiser, DiTConfig
 from ema import save_snapshot
-from sample import (check_guidance, gather, guided, heun_sampler, load_denoiser, newest_run, noise_levels, sample, save_animation,
-                    save_grid, seeded_noise)
+from sample import (check_guidance, gather, guided, heun_sampler, load_denoiser, main, newest_run, noise_levels, sample,
+                    save_animation, save_grid, seeded_noise)
 
 
 def test_noise_levels_follow_edms_formula():
@@ -135,14 +135,17 @@ def test_guidance_extrapolates_inside_its_interval_and_is_nothing_at_1(denoisers
 
 
 def test_guides_that_do_not_fit_are_refused(denoisers):
-    config = DiTConfig(depth=1, width=16, heads=1, image_size=4, channels=1, num_classes=3)
+    config = vars(denoisers[0].net.config)
     with pytest.raises(ValueError, match="num_classes = 4, but the run has 3"):
-        check_guidance(denoisers[0], Denoiser(DiTConfig(**{**vars(config), "num_classes": 4})), 2.0)
+        check_guidance(denoisers[0], STATS, 2.0, Denoiser(DiTConfig(**{**config, "num_classes": 4})), STATS)
+    with pytest.raises(ValueError, match="another mean"):
+        check_guidance(denoisers[0], STATS, 2.0, denoisers[1], {"mean": 1.0, "std": 1.0})
     with pytest.raises(ValueError, match="without null labels"):
-        check_guidance(Denoiser(DiTConfig(**{**vars(config), "label_dropout": 0.0})), None, 2.0)
+        check_guidance(Denoiser(DiTConfig(**{**config, "label_dropout": 0.0})), STATS, 2.0)
     with pytest.raises(ValueError, match="no labels"):
-        check_guidance(Denoiser(DiTConfig(**{**vars(config), "num_classes": 0})), None, 2.0)
-    check_guidance(denoisers[0], denoisers[1], 2.0), check_guidance(denoisers[0], None, 2.0)
+        check_guidance(Denoiser(DiTConfig(**{**config, "num_classes": 0})), STATS, 2.0)
+    check_guidance(denoisers[0], STATS, 2.0, denoisers[1], STATS)
+    check_guidance(denoisers[0], STATS, 2.0)
 
 
 def test_noise_is_a_function_of_its_own_seed_and_new_at_every_call():
@@ -241,8 +244,33 @@ def test_a_width_between_is_reconstructed_once_and_weights_come_back_at_rms_1(tm
 def test_runs_without_snapshots_and_snapshots_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no run with a snapshot"):
         newest_run(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: no such run or snapshot"):
+        load_denoiser(tmp_path / "nowhere", torch.device("cpu"))
     with pytest.raises(ValueError, match="no snapshots"):
         load_denoiser(tmp_path, torch.device("cpu"))
     path = save_snapshot(tmp_path, torch.nn.Linear(2, 2), 1, 0.05)
     with pytest.raises(ValueError, match="0000001-0.050.pt: no denoiser of this code"):
         load_denoiser(path, torch.device("cpu"))
+
+
+def picture(monkeypatch, capsys, *words):
+    """What the command draws with these options, in this process: the bytes of its npz."""
+    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, words)])
+    main()
+    out = capsys.readouterr().out.strip()
+    with np.load(out) as file:
+        return file["arr_0"].tobytes()
+
+
+def test_every_option_of_the_command_reaches_the_sampler(tmp_path, denoisers, monkeypatch, capsys):
+    for std, denoiser in zip((0.05, 0.1), denoisers):
+        save_run(tmp_path, denoiser, std, 20)
+    early = save_run(tmp_path / "other", denoisers[0], 0.05, 10)
+    options = [tmp_path, "--steps=4", "--columns=2", f"--out={tmp_path / 'a.npz'}"]
+    variants = [[], ["--guidance=3"], ["--guidance=3", "--guide-ema=0.05"], ["--guidance=2", f"--guide={early}"], ["--guidance=3", "--guidance-interval", "0.3", "9"],
+                ["--churn=3"], ["--churn=3", "--churn-interval", "0.1", "60"], ["--churn=3", "--churn-noise=1.5"], ["--ema=0.05"],
+                ["--ema=0.07"], ["--seed=3"], ["--labels", "2", "1", "0"], ["--steps=5"]]
+    drawn = [picture(monkeypatch, capsys, *options, *variant) for variant in variants]
+    assert len(set(drawn)) == len(variants)
+    assert picture(monkeypatch, capsys, *options, "--guidance=1", "--churn=0", "--ema=0.1", "--labels", "0", "1", "2") == drawn[0]
+    assert picture(monkeypatch, capsys, *options, "--guidance=3", f"--guide={tmp_path}") == drawn[0]        # guided by itself
