@@ -568,7 +568,7 @@ def main():
             out = args.out or Path(args.a) / "sweep.png"
             if rank == 0:
                 ranked = sorted(zip(args.std, distances))
-                save_plot(*zip(*ranked), ("EMA width", f"Fréchet distance to {reference}, features: {args.features}"), out)
+                save_plot(*zip(*ranked), ("EMA width", f"Frechet distance to {reference}, features: {args.features}"), out)
             print(out)
     except ValueError as error:
         parser.error(str(error))

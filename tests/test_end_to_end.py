@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_two_processes_measure_the_same_as_one_and_a_sweep_draws_its_plot(traine
     assert Image.open(tmp_path / "sweep.png").size == (480, 320)
 
 
-@pytest.mark.parametrize("command, message", [
+MISTAKES = [
     (["train.py", "--config=nowhere.toml"], "train.py: --config: nowhere.toml: No such file"),
     (["train.py", "--stps=3"], "train.py: --stps: unknown key; did you mean 'steps'?"),
     (["train.py", "--dataset=digit"], "train.py: dataset: there is no 'digit'; there is digits"),
@@ -181,12 +182,23 @@ def test_two_processes_measure_the_same_as_one_and_a_sweep_draws_its_plot(traine
     (["train.py", *TINY, "--out=RUN", "--steps=20"], "train.py: RUN/state.pt: already trained for 20 steps"),
     (["sample.py", "RUN", "--out=LICENSE/a.png"], "sample.py: error: --out: cannot write to LICENSE"),
     (["sample.py", "RUN", "--seed=4294967290"], "sample.py: error: --seed: must leave"),
-])
-def test_mistakes_are_one_clear_line_and_exit_code_2(trained, command, message):
-    folder, _ = trained
-    result = run(*(word.replace("RUN", str(folder)) for word in command), ok=False)
+]
+
+
+@pytest.fixture(scope="module")
+def answers(trained):
+    """What every mistaken command answers, two at a time."""
+    folder = str(trained[0])
+    commands = [[word.replace("RUN", folder) for word in command] for command, _ in MISTAKES]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(range(len(MISTAKES)), pool.map(lambda command: run(*command, ok=False), commands)))
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(command) for command, _ in MISTAKES])
+def test_mistakes_are_one_clear_line_and_exit_code_2(trained, answers, number):
+    result, message = answers[number], MISTAKES[number][1].replace("RUN", str(trained[0]))
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith(message.replace("RUN", str(folder)))
+    assert result.stderr.startswith(message)
 
 
 def test_sample_without_any_run_says_how_to_get_one(tmp_path):
