@@ -1,61 +1,132 @@
-"""Datasets: images as uint8 (N, C, S, S), labels as int64 (N,), and the way to and from what the network sees.
+"""Datasets, whatever their format: a name that `python data.py NAME` fetches, or the path of a file or folder.
 
-Only this file knows formats. A new one is a function that returns a Dataset, named in LOADERS.
+Only this file knows formats. The rest sees raw images and labels: uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the
+mean and the standard deviation of a VAE's posterior [EDM2]; labels int64, 0 to num_classes - 1.
+
+    python data.py fashion-mnist      # fetch (mnist, cifar10, cifar100 too), describe, and draw a contact sheet
+    python data.py PATH               # describe and draw any dataset: what the model will see
 """
 
-from dataclasses import dataclass
+import argparse
+import gzip
+import hashlib
+import json
+import mmap
+import os
+import pickletools
+import re
+import struct
+import sys
+import tarfile
+import time
+import urllib.request
+import zlib
+from dataclasses import dataclass, field
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
+HERE = Path(__file__).parent / "datasets"
+IN_MEMORY = 2**30                                                           # bytes of raw images; larger sets stream from disk
+MEASURED = 10000                                                            # images whose mean and std stand for a streamed set's
+
+
+# ---- what every dataset offers ----
 
 @dataclass
 class Dataset:
-    """A set small enough to live on one device as one tensor.
+    """A set of images, in memory as one tensor or read from disk one by one.
 
-    images: uint8 (N, C, S, S), values 0 to 255. labels: int64 (N,), values 0 to num_classes - 1.
-    mean, std: of all the images' values, computed once; the run stores them, since sampling has to undo them.
+    images: raw (N, C, S, S), or None. read: without them, a function from an index to one raw image as a numpy array.
+    shape: (C, S, S) as the network sees it. latent: whether images are posteriors. stats: mean and std of what the network
+    sees, computed once; the run stores them, since sampling has to undo them: one number each for pixels, one a channel
+    for latents.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | None
     labels: torch.Tensor
     num_classes: int
-    mean: float | None = None
-    std: float | None = None
+    read: object = None
+    shape: tuple = ()
+    latent: bool = False
+    stats: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.mean is None:
-            histogram = torch.bincount(self.images.flatten(), minlength=256).double()     # exact, and no float copy
-            values = torch.arange(256).double()
-            self.mean = float((histogram * values).sum() / histogram.sum())
-            self.std = float(((histogram * (values - self.mean) ** 2).sum() / histogram.sum()).sqrt())
+        if not self.shape:
+            raw = self.images[0] if self.read is None else torch.from_numpy(self.read(0))
+            self.latent = raw.dtype == torch.float32
+            self.shape = (raw.shape[0] // 2 if self.latent else raw.shape[0], *raw.shape[1:])
+        if not self.stats:
+            self.stats = self.measure()
 
     def __len__(self):
-        return len(self.images)
+        return len(self.labels)
 
-    def to(self, device):
-        return Dataset(self.images.to(device), self.labels.to(device), self.num_classes, self.mean, self.std)
+    def __getitem__(self, index):
+        return torch.from_numpy(self.read(index)), self.labels[index]
 
-    @property
-    def stats(self):
-        return {"mean": self.mean, "std": self.std}
+    def raw(self, count):
+        """The first `count` images of a fixed random order, raw."""
+        if self.read is None:
+            return self.images if count >= len(self) else self.images[epoch_order(len(self), 0, 0)[:count]]
+        return torch.stack([torch.from_numpy(self.read(i)) for i in epoch_order(len(self), 0, 0)[:count].tolist()])
 
-    def batch(self, indices):
-        """Images as the network sees them, float32 of mean 0 and standard deviation 0.5, and their labels."""
-        indices = indices.to(self.images.device)
-        return to_network(self.images[indices], self.stats), self.labels[indices]
+    def measure(self):
+        """One mean and standard deviation for pixels, one a channel for latents; of a sample of a streamed set."""
+        if self.latent:
+            mean, std = zip(*self.channel_stats())
+            return {"mean": list(mean), "std": list(std)}
+        return dict(zip(("mean", "std"), pixel_stats(self.raw(MEASURED if self.read else len(self)))))
+
+    def channel_stats(self):
+        """[(mean, standard deviation)] of each channel, of a sample of a streamed set."""
+        raw = self.raw(MEASURED if self.read else len(self))
+        if not self.latent:
+            return [pixel_stats(channel) for channel in raw.unbind(1)]
+        mean, std = raw.double().chunk(2, dim=1)
+        square = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
+        return list(zip(mean.mean((0, 2, 3)).tolist(), square.sqrt().tolist()))
+
+    def feed(self, index_lists, device, workers=0):
+        """Raw images and labels on `device` for each list of indices in turn, read ahead by worker processes if not in memory."""
+        if self.read is None:
+            images, labels = self.images.to(device), self.labels.to(device)
+            for indices in index_lists:
+                indices = indices.to(device)
+                yield images[indices], labels[indices]
+        else:
+            loader = torch.utils.data.DataLoader(self, batch_sampler=(indices.tolist() for indices in index_lists), num_workers=workers,
+                                                 pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+            for images, labels in loader:
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def pixel_stats(images):
+    """Mean and standard deviation of uint8 values; by their histogram, exact and without a float copy."""
+    histogram, values = torch.bincount(images.flatten(), minlength=256).double(), torch.arange(256).double()
+    mean = (histogram * values).sum() / histogram.sum()
+    return mean.item(), ((histogram * (values - mean) ** 2).sum() / histogram.sum()).sqrt().item()
 
 
 def to_network(images, stats):
-    """uint8 -> float32 with mean 0 and standard deviation 0.5 over the dataset."""
-    return (images.float() - stats["mean"]) * (0.5 / stats["std"])
+    """What the network sees: float32 with mean 0 and standard deviation 0.5 over the dataset."""
+    mean, std = (torch.tensor(stats[name], device=images.device).view(-1, 1, 1) for name in ("mean", "std"))
+    return (images.float() - mean) * (0.5 / std)
+
+
+def from_network(x, stats):
+    """Undo `to_network`."""
+    mean, std = (torch.tensor(stats[name], device=x.device).view(-1, 1, 1) for name in ("mean", "std"))
+    return x * (std / 0.5) + mean
 
 
 def to_uint8(x, stats):
-    """Undo `to_network`: rounded and clipped to 0..255."""
-    return (x * (stats["std"] / 0.5) + stats["mean"]).round().clamp(0, 255).to(torch.uint8)
+    """Undo `to_network` for pixels: rounded and clipped to 0..255."""
+    return from_network(x, stats).round().clamp(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=2)
@@ -77,19 +148,458 @@ def batch_indices(size, seed, start, count):
     return torch.cat(parts)
 
 
+# ---- formats: each a function from a path to a Dataset; ValueError, in one line, names the file and what is wrong ----
+
+def make_labels(labels, where, num_classes=0):
+    """Labels as a tensor, and the number of classes. Raises ValueError for labels that cannot be."""
+    labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+    top = int(labels.max())
+    if labels.min() < 0 or (num_classes and top >= num_classes):
+        bad = int(((labels < 0) | (labels >= (num_classes or top + 1))).nonzero()[0])
+        raise ValueError(f"{where}: label {int(labels[bad])} of image {bad} is out of range")
+    if top == 0:
+        raise ValueError(f"{where}: there is only one class, so labels say nothing; leave them away (images in one flat folder have none)")
+    return labels, num_classes or top + 1
+
+
+def read_idx(path):
+    """An idx file, plain or .gz, as a numpy array: magic 0, 0, 8 (uint8), dimensions; their sizes; the values."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read, is it whole? ({error})") from None
+    if data[:3] != b"\0\0\x08" or len(data) < 4:
+        raise ValueError(f"{path}: not an idx file of bytes, it begins with {data[:4].hex()}")
+    sizes = struct.unpack(f">{data[3]}I", data[4:4 + 4 * data[3]]) if len(data) >= 4 + 4 * data[3] else (0,)
+    if len(data) - 4 - 4 * data[3] != np.prod(sizes):
+        raise ValueError(f"{path}: holds {len(data) - 4 - 4 * data[3]} bytes, but its header says {sizes}")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
+
+
+def load_idx(path, num_classes=0):
+    """MNIST's format: NAME-images-idx3-ubyte with NAME-labels-idx1-ubyte beside it, if there is one."""
+    images = read_idx(path)
+    if images.ndim != 3 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"{path}: must hold square images (N, S, S), not {images.shape}")
+    images, beside = torch.from_numpy(images.copy())[:, None], path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    if beside == path or not beside.exists():
+        return Dataset(images, torch.zeros(len(images), dtype=torch.long), 0)
+    labels = read_idx(beside)
+    if labels.shape != (len(images),):
+        raise ValueError(f"{beside}: has {labels.size} labels for {len(images)} images")
+    return Dataset(images, *make_labels(labels, beside, num_classes))
+
+
+def parse_python_batch(data, where):
+    """Images and labels of one batch of CIFAR's "python version", found in the pickle without unpickling it."""
+    pixels, labels, last = None, [], None
+    try:
+        for opcode, value, _ in pickletools.genops(data):
+            if isinstance(value, (str, bytes)):
+                raw = value.encode("latin-1") if isinstance(value, str) else value
+                if len(raw) >= 3072 and len(raw) % 3072 == 0:
+                    pixels = np.frombuffer(raw, np.uint8).reshape(-1, 3, 32, 32)
+                elif raw.endswith(b"labels") or raw in (b"data", b"filenames", b"batch_label"):
+                    last = raw
+            elif opcode.name in ("BININT", "BININT1", "BININT2", "INT") and last in (b"labels", b"fine_labels"):
+                labels.append(value)
+    except (ValueError, UnicodeError) as error:
+        raise ValueError(f"{where}: not a CIFAR batch ({error})") from None
+    if pixels is None or len(labels) != len(pixels):
+        raise ValueError(f"{where}: not a CIFAR batch, {len(labels)} labels for {0 if pixels is None else len(pixels)} images")
+    return pixels, np.array(labels)
+
+
+def load_cifar(path):
+    """CIFAR-10 or CIFAR-100, the python or the binary archive, read from the tar as it is. Only the training set."""
+    images, labels, num_classes = [], [], 10
+    try:
+        with tarfile.open(path) as tar:
+            for member in sorted(tar, key=lambda member: member.name):
+                name = member.name.rsplit("/", 1)[-1]
+                if not re.fullmatch(r"data_batch_\d+(\.bin)?|train(\.bin)?", name) or not member.isfile():
+                    continue
+                data, where = tar.extractfile(member).read(), f"{path}: {member.name}"
+                num_classes = 100 if name.startswith("train") else 10
+                if name.endswith(".bin"):                                   # coarse label, only in CIFAR-100; label; pixels
+                    head = 2 if num_classes == 100 else 1
+                    if len(data) % (head + 3072):
+                        raise ValueError(f"{where}: {len(data)} bytes are no whole number of images")
+                    records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
+                    part = records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
+                else:
+                    part = parse_python_batch(data, where)
+                images.append(part[0])
+                labels.append(part[1])
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read, is it whole? ({error})") from None
+    if not images:
+        raise ValueError(f"{path}: no CIFAR archive, there is no data_batch or train in it")
+    return Dataset(torch.from_numpy(np.concatenate(images)), *make_labels(np.concatenate(labels), path, num_classes))
+
+
+def load_npz(path):
+    """ADM's format: arr_0 uint8 (N, S, S, C) and, if there, labels arr_1. Or images (N, S, S) and labels."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except Exception as error:                                              # zipfile's own
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__})") from None
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1", arrays.get("labels"))
+    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[1] != images.shape[2]:
+        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"{path}: needs square images arr_0, uint8 (N, S, S, C), but has {found}")
+    images = torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
+    if labels is None:
+        return Dataset(images, torch.zeros(len(images), dtype=torch.long), 0)
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape} for {len(images)} images")
+    return Dataset(images, *make_labels(labels, path))
+
+
+def open_picture(file, where):
+    """An image of Pillow's for the file; ValueError for one that would quietly lose something."""
+    try:
+        image = Image.open(file)
+        frames, mode = getattr(image, "n_frames", 1), image.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: does not decode ({str(error).replace(chr(10), ' ')[:80]})") from None
+    if frames > 1:
+        raise ValueError(f"{where}: is animated, {frames} frames")
+    if mode.startswith("I") or mode == "F":
+        raise ValueError(f"{where}: has more than 8 bits a channel (mode {mode})")
+    if mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        raise ValueError(f"{where}: has an alpha channel; flatten it first")
+    return image
+
+
+def decode_picture(image, where, size=0, channels=0):
+    """Pixels uint8 (C, S, S) of an image, cropped to its central square and resized if `size` says so."""
+    try:
+        image = image.convert({1: "L", 3: "RGB"}[channels or (1 if image.mode in ("1", "L") else 3)])
+        if size:
+            image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: does not decode ({str(error)[:80]})") from None
+    pixels = np.array(image)
+    return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
+
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def list_pictures(folder):
+    """All image files below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def load_folder(folder, size=0, channels=0):
+    """A folder of images: a class for each sub-folder, or no labels if the images lie flat. Any size, with `size` said."""
+    paths = list_pictures(folder)
+    if not paths:
+        raise ValueError(f"{folder}: there are no images in it")
+    tops = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
+    names = sorted(set(tops))
+    if "" in names and len(names) > 1:
+        raise ValueError(f"{paths[tops.index('')]}: lies beside the folders of the classes")
+    sizes, grey = set(), True
+    for path in paths:
+        with open_picture(path, path) as image:                             # reads the header only
+            sizes.add(image.size)
+            grey = grey and image.mode in ("1", "L")
+    if not size and (len(sizes) > 1 or len(set(*sizes)) > 1):
+        raise ValueError(f"{folder}: images are not all of one square size; choose one with --model.image_size, they are cropped and resized")
+
+    def read(index):
+        with open_picture(paths[index], paths[index]) as image:
+            return decode_picture(image, paths[index], size, channels or (1 if grey else 3))
+
+    if names == [""]:
+        return from_files(read, torch.zeros(len(paths), dtype=torch.long), 0)
+    return from_files(read, *make_labels([names.index(top) for top in tops], folder))
+
+
+def from_files(read, labels, num_classes):
+    """A dataset of what `read` reads, brought into memory if it fits."""
+    first = read(0)
+    if first.nbytes * len(labels) > IN_MEMORY:
+        return Dataset(None, labels, num_classes, read)
+    return Dataset(torch.stack([torch.from_numpy(read(i)) for i in range(len(labels))]), labels, num_classes)
+
+
+# ---- EDM2's zips ----
+
+class ZipIndex:
+    """Where in a zip of uncompressed entries each of them lies, in arrays: zipfile takes a kilobyte an entry, this 16 bytes.
+
+    names: in the order of the file. read(i): the bytes of entry i.
+    """
+
+    def __init__(self, path):
+        self.path, self.file, self.process = path, None, None
+        try:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self.names, self.offsets, self.sizes = self.parse(data)
+        except (OSError, ValueError, struct.error, UnicodeError) as error:
+            message = str(error) if str(error).startswith(str(path)) else f"{path}: no zip, or cut off ({error})"
+            raise ValueError(message) from None
+
+    def parse(self, data):
+        """The central directory [PKWARE APPNOTE 4.3], with its 64-bit extension."""
+        end = data.rfind(b"PK\5\6", max(0, len(data) - 65557))
+        if end < 0:
+            raise ValueError("its directory is missing")
+        count, size, start = struct.unpack_from("<HII", data, end + 10)
+        locator = end - 20
+        if 0xFFFF in (count,) or 0xFFFFFFFF in (size, start):
+            if data[locator:locator + 4] != b"PK\6\7":
+                raise ValueError("its 64-bit directory is missing")
+            at, = struct.unpack_from("<Q", data, locator + 8)
+            count, size, start = struct.unpack_from("<QQQ", data, at + 32)
+        names, offsets, sizes = [], np.empty(count, np.int64), np.empty(count, np.int64)
+        for i in range(count):
+            (magic, flags, method, packed, plain, name_size, extra_size, comment_size, offset) = struct.unpack_from(
+                "<4s4xHH8xIIHHH8xI", data, start)
+            name = data[start + 46:start + 46 + name_size].decode()
+            if magic != b"PK\1\2":
+                raise ValueError("its directory is damaged")
+            if 0xFFFFFFFF in (plain, packed, offset):
+                extra, at = data[start + 46 + name_size:start + 46 + name_size + extra_size], 0
+                while extra[at:at + 2] != b"\1\0":
+                    at += 4 + struct.unpack_from("<H", extra, at + 2)[0]
+                at += 4
+                if plain == 0xFFFFFFFF:
+                    plain, at = struct.unpack_from("<Q", extra, at)[0], at + 8
+                if packed == 0xFFFFFFFF:
+                    packed, at = struct.unpack_from("<Q", extra, at)[0], at + 8
+                if offset == 0xFFFFFFFF:
+                    offset, at = struct.unpack_from("<Q", extra, at)[0], at + 8
+            if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+                raise ValueError(f"{self.path}: entry {name!r} leads outside")
+            if (method or flags & 1) and not name.endswith("/"):
+                raise ValueError(f"{self.path}: entry {name!r} is compressed or encrypted; EDM2's dataset tool stores plain entries")
+            names.append(name)
+            offsets[i], sizes[i] = offset, plain
+            start += 46 + name_size + extra_size + comment_size
+        return names, offsets, sizes
+
+    def read(self, i):
+        if self.file is None or self.process != os.getpid():                # a worker process opens its own
+            self.file, self.process = open(self.path, "rb"), os.getpid()
+        offset, size = int(self.offsets[i]), int(self.sizes[i])
+        self.file.seek(offset)
+        head = self.file.read(30)
+        if head[:4] != b"PK\3\4":
+            raise ValueError(f"{self.path}: entry {i} is not where the directory says")
+        self.file.seek(offset + 30 + sum(struct.unpack("<HH", head[26:])))
+        data = self.file.read(size)
+        if len(data) < size:
+            raise ValueError(f"{self.path}: entry {i} is cut off")
+        return data
+
+
+def load_zip(path):
+    """EDM2's dataset zip: PNGs, or .npy posteriors of a VAE (8, S, S) float32, and dataset.json with their labels."""
+    index = ZipIndex(path)
+    wanted = [(name, i) for i, name in enumerate(index.names) if name.lower().endswith((".png", ".npy", ".jpg", ".jpeg"))]
+    if not wanted:
+        raise ValueError(f"{path}: there are no PNG or npy entries in it")
+    wanted.sort()
+    labels, num_classes = torch.zeros(len(wanted), dtype=torch.long), 0
+    if "dataset.json" in index.names:
+        try:
+            table = json.loads(index.read(index.names.index("dataset.json")))["labels"]
+            if table is not None:
+                table = dict(table)
+                labels, num_classes = make_labels([table[name] for name, _ in wanted], f"{path}: dataset.json")
+        except KeyError as error:
+            raise ValueError(f"{path}: dataset.json has no label for {error}") from None
+        except (TypeError, json.JSONDecodeError, UnicodeError, AttributeError) as error:
+            raise ValueError(f"{path}: dataset.json is no table of labels ({error})") from None
+        del table
+    entries = np.array([i for _, i in wanted])
+    names = np.array([name.encode() for name, _ in wanted])                 # compact, and shared between processes
+    index.names, wanted = None, None
+    expected = None
+
+    def read(i):
+        where, data = f"{path}: entry {names[i].decode()!r}", index.read(entries[i])
+        if where.endswith(".npy'"):
+            image = read_posterior(data, where)
+        else:
+            with open_picture(BytesIO(data), where) as picture:
+                image = decode_picture(picture, where)
+        if expected is not None and image.shape != expected or image.shape[1] != image.shape[2]:
+            raise ValueError(f"{where}: is {image.shape}, not {expected or 'square'}")
+        return image
+
+    expected = read(0).shape
+    return from_files(read, labels, num_classes)
+
+
+def read_posterior(data, where):
+    """A .npy of the mean and standard deviation of a latent, float32 (2C, S, S)."""
+    try:
+        image = np.load(BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{where}: is no plain npy ({str(error).splitlines()[0]})") from None
+    if image.dtype != np.float32 or image.ndim != 3 or image.shape[0] % 2:
+        raise ValueError(f"{where}: must be float32 (2C, S, S), mean and std of a posterior, not {image.dtype} {image.shape}")
+    return image
+
+
+# ---- datasets by name ----
+
 def load_digits():
     """The UCI handwritten digits (E. Alpaydin, C. Kaynak; CC BY 4.0): 1797 images 8×8 of the digits 0 to 9."""
-    with np.load(Path(__file__).parent / "datasets" / "digits.npz", allow_pickle=False) as file:
+    with np.load(HERE / "digits.npz", allow_pickle=False) as file:
         images, labels = file["images"], file["labels"]
     images = np.round(images * (255 / 16)).astype(np.uint8)                 # stored as 0..16
     return Dataset(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), num_classes=10)
 
 
-LOADERS = {"digits": load_digits}
+MNIST_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+DOWNLOADS = {                                                               # name: where from, {file: its MD5 as published}
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+              dict(zip(MNIST_FILES, ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432")))),
+    "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                      dict(zip(MNIST_FILES, ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe")))),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/", {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}),
+}
 
 
-def load_dataset(name):
-    """The dataset called `name`. Raises ValueError if there is none."""
-    if name not in LOADERS:
-        raise ValueError(f"dataset: there is no {name!r}; there is {', '.join(LOADERS)}")
-    return LOADERS[name]()
+def find_download(name):
+    """The folder that holds the files of a dataset by name, or None: datasets/NAME here, or where the system has them."""
+    folders = [HERE / name, *(Path(prefix) / "share" / "datasets" / name for prefix in (sys.prefix, sys.base_prefix, "/usr"))]
+    return next((folder for folder in folders if all((folder / file).exists() for file in DOWNLOADS[name][1])), None)
+
+
+def load_dataset(name, size=0, channels=0):
+    """The dataset called `name`, or at the path `name`. Raises ValueError, in one line, if it cannot be had.
+
+    size, channels: what a folder of images is cropped, resized and converted to (0: as they are).
+    """
+    if name == "digits":
+        return load_digits()
+    path = Path(name)
+    if name in DOWNLOADS:
+        folder = find_download(name)
+        if not folder:
+            raise ValueError(f"dataset: {name} is not here yet; fetch it with: python data.py {name}")
+        path = folder / next(iter(DOWNLOADS[name][1]))
+        return load_cifar(path) if name.startswith("cifar") else load_idx(path, num_classes=10)
+    if path.is_dir():
+        return load_folder(path, size, channels)
+    if not path.is_file():
+        raise ValueError(f"dataset: there is no {name!r}: no file, no folder, nor one of digits, {', '.join(DOWNLOADS)}")
+    if path.suffix == ".npz":
+        return load_npz(path)
+    if path.suffix == ".zip":
+        return load_zip(path)
+    if re.search(r"\.(tar|tar\.gz|tgz)$", path.name):
+        return load_cifar(path)
+    if "idx3" in path.name:
+        return load_idx(path)
+    raise ValueError(f"dataset: {name}: not a format of ours (idx3, .npz, .zip, .tar.gz, or a folder of images)")
+
+
+# ---- fetch, describe ----
+
+def fetch(name):
+    """Download the files of a dataset into datasets/NAME, going on where an interrupted download stopped; each appears
+    under its name only when it is whole and its hash right. Raises ValueError, in one line, that says what to put where."""
+    base, files = DOWNLOADS[name]
+    folder = HERE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, expected in files.items():
+        path, part = folder / file, folder / f"{file}.part"
+        if path.exists():
+            continue
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(base + file, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as source, open(part, "ab" if have else "wb") as out:
+                if have and source.status != 206:                           # it sends the whole again
+                    out.truncate(0)
+                    have = 0
+                total, begin = have + int(source.headers.get("Content-Length", 0)), time.monotonic()
+                while block := source.read(2**20):
+                    out.write(block)
+                    done = out.tell()
+                    rate = (done - have) / (time.monotonic() - begin + 1e-9)
+                    print(f"{file}: {done / 1e6:.1f}/{total / 1e6:.1f} MB  {rate / 1e6:.1f} MB/s  {(total - done) / rate:.0f} s left",
+                          end="\r" if sys.stderr.isatty() and done < total else "\n", file=sys.stderr, flush=True)
+            if part.stat().st_size < total:
+                raise OSError("the connection broke off")
+        except OSError as error:
+            reason = getattr(error, "reason", None) or error
+            raise ValueError(f"cannot download {base + file} ({reason}); try again, or put the file at {path}") from None
+        with open(part, "rb") as whole:
+            digest = hashlib.file_digest(whole, "md5").hexdigest()
+        if digest != expected:
+            part.unlink()
+            raise ValueError(f"{base + file}: came with MD5 {digest}, not {expected}; it is thrown away, try again")
+        os.replace(part, path)
+
+
+def to_picture(image):
+    """One image (1 or 3, H, W), uint8, for Pillow."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
+def make_grid(images, columns):
+    """Images (N, C, S, S), uint8, as one (C, H, W), row by row; small ones are enlarged by whole pixels."""
+    enlarge = max(1, 64 // images.shape[-1])
+    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    cell, rows = images.shape[-1] + 2, -(-len(images) // columns)
+    sheet = torch.full((images.shape[1], rows * cell + 2, columns * cell + 2), 48, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * cell + 2, i % columns * cell + 2
+        sheet[:, top:top + cell - 2, left:left + cell - 2] = image
+    return sheet
+
+
+def contact_sheet(dataset):
+    """Ten images of each of the first 16 classes, or 100 without labels; of latents, three channels of their means."""
+    order = epoch_order(len(dataset), 0, 0)
+    rows = [order[dataset.labels[order] == label][:10] for label in range(min(dataset.num_classes, 16))] or [order[:100]]
+    indices = [int(i) for row in rows for i in row]
+    images = torch.stack([dataset.images[i] if dataset.read is None else torch.from_numpy(dataset.read(i)) for i in indices])
+    if dataset.latent:
+        images = to_network(images[:, :dataset.shape[0]], dataset.stats)[:, :3].add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
+    return make_grid(images if images.shape[1] in (1, 3) else images[:, :1], 10)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help=f"digits, {', '.join(DOWNLOADS)}, or a path")
+    parser.add_argument("--size", type=int, default=0, help="crop and resize a folder of images to this side")
+    parser.add_argument("-o", "--out", type=Path, default=Path("contact-sheet.png"), help="the sheet to write (default: contact-sheet.png)")
+    args = parser.parse_args()
+    try:
+        if args.dataset in DOWNLOADS and not find_download(args.dataset):
+            fetch(args.dataset)
+        dataset = load_dataset(args.dataset, args.size)
+        contact = to_picture(contact_sheet(dataset))
+    except ValueError as error:
+        parser.error(str(error))
+    C, S, _ = dataset.shape
+    print(f"{len(dataset):,} images, {S}x{S}, {C} channels{', latents' if dataset.latent else ''}, "
+          f"{'in memory' if dataset.read is None else 'read from disk'}")
+    counts = dataset.labels.bincount().tolist()
+    print(f"{dataset.num_classes} classes, {min(counts):,} to {max(counts):,} images each" if dataset.num_classes else "no labels")
+    for c, (mean, std) in enumerate(dataset.channel_stats()):
+        print(f"channel {c}: mean {mean:.3f}, standard deviation {std:.3f}")
+    try:
+        contact.save(args.out)
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {args.out} ({error})")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,9 +31,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import load_dataset
+from data import decode_picture, list_pictures, load_dataset, open_picture
 from ema import atomic_file
-from sample import check_guidance, choose_device, guided, join_processes, leave_processes, load_denoiser, sample, save_picture
+from sample import check_guidance, choose_device, guided, join_processes, leave_processes, load_decoder, load_denoiser, sample, save_picture
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -321,24 +321,12 @@ def load_features(name, weights, device):
 
 # ---- sources ----
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
-def read_image(path):
-    """An image file as uint8 (3, H, W), or (1, H, W) where it is grey. Raises ValueError naming it if it does not decode."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: does not decode ({error})") from None
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
-
-
 def read_images(paths, batch):
     """Yield the images in these files, in batches of one size each."""
     waiting = []
     for path in paths:
-        image = read_image(path)
+        with open_picture(path, path) as picture:
+            image = torch.from_numpy(decode_picture(picture, path))
         if waiting and (len(waiting) == batch or image.shape != waiting[0].shape):
             yield torch.stack(waiting)
             waiting = []
@@ -362,10 +350,12 @@ def read_samples(path):
 def draw_samples(run, args, device, numbers):
     """Yield samples of a run; number i comes from seed args.seed + i and is of class i modulo the number of classes."""
     denoiser, stats = load_denoiser(run, device, args.ema)
+    decode = load_decoder(denoiser, device)
     classes = max(denoiser.net.config.num_classes, 1)
     check_guidance(denoiser, stats, args.guidance)
-    yield from sample(denoiser, stats, [i % classes for i in numbers], [args.seed + i for i in numbers], args.batch,
-                      denoise=guided(denoiser, args.guidance))
+    for images in sample(denoiser, stats, [i % classes for i in numbers], [args.seed + i for i in numbers], args.batch,
+                         denoise=guided(denoiser, args.guidance)):
+        yield decode(images)
 
 
 def read_statistics(path):
@@ -389,18 +379,24 @@ def open_source(source, args, device, rank, processes):
     if (path / "ema").is_dir():
         return args.count, draw_samples(path, args, device, range(args.count)[share])
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        paths = list_pictures(path)
         if not paths:
             raise ValueError(f"{path}: there are no images in it, nor a run")
         return len(paths), read_images(paths[share], args.batch)
-    images = read_samples(path) if path.is_file() else load_dataset(source).images
-    return len(images), images[share].split(args.batch)
+    if path.suffix == ".npz":
+        images = read_samples(path)
+        return len(images), images[share].split(args.batch)
+    dataset = load_dataset(source)
+    if dataset.latent:
+        raise ValueError(f"{source}: holds latents, not images")
+    feed = dataset.feed(torch.arange(len(dataset))[share].split(args.batch), torch.device("cpu"))
+    return len(dataset), (images for images, _ in feed)
 
 
 @torch.no_grad()
 def statistics(source, features, args, device, rank, processes):
     """mu, sigma and count (None if unknown) of a source, the same in every process. Raises ValueError naming it."""
-    if Path(source).is_file():
+    if Path(source).suffix == ".npz":
         known = read_statistics(source)
         if known:
             return known

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from data import to_uint8
+from data import from_network, make_grid, to_picture, to_uint8
 from ema import atomic_file, check_fit, find_snapshot, list_snapshots, load_snapshot
 from layers import mp_weights, normalize_weights
 from model import Denoiser, DiTConfig
@@ -99,7 +99,8 @@ def sample(denoiser, stats, labels, seeds, batch=256, frames=False, denoise=None
     """Draw one image for each pair of label (int, or num_classes for none) and seed; yields them in batches.
 
     stats: mean and std of the dataset. denoise: what to sample with, if not `denoiser` itself. options: heun_sampler's.
-    Yields uint8 (B, C, S, S) on the CPU; with `frames` (B, steps + 1, C, S, S), what each step starts from and the result.
+    Yields uint8 (B, C, S, S) on the CPU, or float32 if these are latents (other than 1 or 3 channels); with `frames`
+    (B, steps + 1, C, S, S), what each step starts from and the result.
     """
     config, device = denoiser.net.config, next(denoiser.parameters()).device
     for start in range(0, len(seeds), batch):
@@ -110,30 +111,14 @@ def sample(denoiser, stats, labels, seeds, batch=256, frames=False, denoise=None
             seen.append(x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data)))
 
         x = heun_sampler(denoise or denoiser, draw(), rows, draw=draw, watch=watch if frames else None, **options)
-        yield to_uint8(torch.stack([*seen, x], dim=1) if frames else x, stats).cpu()
-
-
-def to_picture(image):
-    """One image (1 or 3, H, W), uint8, for Pillow."""
-    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+        x = torch.stack([*seen, x], dim=1) if frames else x
+        yield (to_uint8(x, stats) if config.channels in (1, 3) else from_network(x, stats)).cpu()
 
 
 def save_picture(image, path):
     """Write one image as a PNG."""
     with atomic_file(path) as file:
         to_picture(image).save(file, format="PNG")
-
-
-def make_grid(images, columns):
-    """Images (N, C, S, S), uint8, as one (C, H, W), row by row; small ones are enlarged by whole pixels."""
-    enlarge = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    cell, rows = images.shape[-1] + 2, -(-len(images) // columns)
-    sheet = torch.full((images.shape[1], rows * cell + 2, columns * cell + 2), 48, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * cell + 2, i % columns * cell + 2
-        sheet[:, top:top + cell - 2, left:left + cell - 2] = image
-    return sheet
 
 
 def save_grid(images, columns, path):
@@ -193,11 +178,35 @@ def load_denoiser(path, device, std=None):
     try:
         denoiser = Denoiser(DiTConfig(**snapshot["info"]["model"]))
         denoiser.load_state_dict(snapshot["weights"])
-        stats = {name: float(snapshot["info"]["data"][name]) for name in ("mean", "std")}
+        stats = {name: snapshot["info"]["data"][name] for name in ("mean", "std")}
+        from_network(torch.zeros(1, denoiser.net.config.channels, 1, 1), stats)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: no denoiser of this code ({str(error).splitlines()[0]})") from None
     normalize_weights(mp_weights(denoiser))                                 # averaging made them shorter than 1
     return denoiser.to(device).eval(), stats
+
+
+def load_decoder(denoiser, device, needed=True):
+    """A function from what `sample` yields to uint8 images: for latents the Stable Diffusion VAE, if diffusers is installed.
+
+    Without it, raises ValueError if that is `needed`, or else leaves latents as they are.
+    """
+    if denoiser.net.config.channels in (1, 3):
+        return lambda images: images
+    try:
+        from diffusers import AutoencoderKL                                 # the only use of a package beyond the five
+    except ImportError:
+        if needed:
+            raise ValueError("the run draws latents: install diffusers to decode them, or let sample.py write them to a "
+                             "FILE.npz with --out") from None
+        return lambda latents: latents
+    vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse").to(device).eval()
+
+    @torch.no_grad()
+    def decode(latents):
+        return ((vae.decode(latents.to(device)).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    return decode
 
 
 def join_processes():
@@ -232,8 +241,10 @@ def save_images(images, labels, columns, out):
     """Write images, or their frames, as `out` says: a grid, with its animation if there are frames, or arrays."""
     final = images[:, -1] if images.ndim == 5 else images
     if out.suffix == ".npz":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        drawn = {"latents": final.numpy()} if final.is_floating_point() else {"arr_0": final.permute(0, 2, 3, 1).numpy()}
         with atomic_file(out) as file:
-            np.savez(file, arr_0=final.permute(0, 2, 3, 1).numpy(), labels=np.array(labels))
+            np.savez(file, labels=np.array(labels), **drawn)
     else:
         save_grid(final, columns, out)
         if images.ndim == 5:
@@ -357,6 +368,9 @@ def main():
             raise ValueError(f"{len(labels)} images are too few for {processes} processes")
         out = args.out or next(folder for folder in (run, *run.parents) if folder.is_dir() and folder.name not in ("ema", "posthoc")) / "grid.png"
         prepare_output(out)
+        decode = load_decoder(denoiser, device, needed=out.suffix != ".npz")
+        if args.gif and denoiser.net.config.channels not in (1, 3):
+            raise ValueError("--gif: cannot show latents")
     except ValueError as error:
         parser.error(str(error))
     seeds = range(args.seed, args.seed + len(labels))
@@ -365,6 +379,7 @@ def main():
     for made in sample(denoiser, stats, labels[rank::processes], mine, args.batch, frames=args.gif,
                        denoise=guided(denoiser, args.guidance, guide, args.guidance_interval), steps=args.steps,
                        churn=args.churn, churn_interval=args.churn_interval, churn_noise=args.churn_noise):
+        made = decode(made)
         if out.suffix in (".png", ".npz"):
             images.append(made)
         else:

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import batch_indices, load_dataset
+from data import batch_indices, load_dataset, to_network
 from ema import PowerEMA, atomic_file, save_snapshot
 from layers import force_weight_normalization, normalize_weights, project_gradients
 from model import Denoiser, DiTConfig, edm2_loss, key, magnitudes
-from sample import choose_device, leave_processes, sample, save_grid
+from sample import choose_device, leave_processes, sample, save_images
 
 
 # ---- configuration ----
@@ -36,7 +36,9 @@ class TrainConfig:
     """One experiment. Raises ValueError, in one line, for impossible values."""
 
     out: str = key("out/run", "run directory, where everything lands")
-    dataset: str = key("digits", "what to train on")
+    dataset: str = key("digits", "what to train on: a name or a path, see data.py")
+    flip: bool = key(False, "mirror half of the images, at random")
+    workers: int = key(2, "processes that read images ahead, for datasets that do not fit in memory")
     seed: int = key(0, "decides everything random, together with the step")
     device: str = key("", "cuda, mps or cpu (empty: the best there is)")
     threads: int = key(0, "CPU threads of a process (0: as torch chooses)")
@@ -59,7 +61,7 @@ class TrainConfig:
     def __post_init__(self):
         if self.seed >= 2**63:
             raise ValueError(f"seed: {self.seed} has more than 63 bits")
-        for name, least in dict(seed=0, threads=0, steps=1, batch=1, micro_batch=0, warmup_steps=0, decay_steps=0, log_every=1,
+        for name, least in dict(seed=0, threads=0, workers=0, steps=1, batch=1, micro_batch=0, warmup_steps=0, decay_steps=0, log_every=1,
                                 sample_every=0, snapshot_every=0, save_every=1).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, not {getattr(self, name)}")
@@ -175,22 +177,35 @@ def learning_rate(step, config):
     return rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
-def draw_batch(config, dataset, step, part, device):
-    """Rows `part` (a slice) of step's batch: clean images, labels after dropout, sigma and noise.
+def draw_batch(config, dataset, images, labels, step, part, device):
+    """For rows `part` (a slice) of step's batch, given raw: clean images, labels after dropout, sigma and noise.
 
     Everything random is drawn for the whole batch from a generator seeded by (seed, step), so that it does not depend
     on how the batch is split over processes and micro-batches. Only kinds of devices differ in what they draw.
     """
     seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (config.batch, *dataset.images.shape[1:])
+    shape = (config.batch, *dataset.shape)
     sigma = torch.randn(config.batch, generator=generator, device=device)[part].mul(config.p_std).add(config.p_mean).exp()
     drop = torch.rand(config.batch, generator=generator, device=device)[part] < config.model.label_dropout
     noise = torch.randn(shape, generator=generator, device=device)[part]
-    images, labels = dataset.batch(batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part])
+    if dataset.latent:                                                      # a fresh draw from the posterior
+        mean, std = images.chunk(2, dim=1)
+        images = mean + std * torch.randn(shape, generator=generator, device=device)[part]
+    images = to_network(images, dataset.stats)
+    if config.flip:
+        flipped = torch.rand(config.batch, generator=generator, device=device)[part] < 0.5
+        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
     null = config.model.num_classes
     labels = labels.masked_fill(drop, null) if null else torch.zeros_like(labels)
     return images, labels, sigma, noise
+
+
+def parts_of_batch(config, rank, processes):
+    """The slices of every batch that this process works on, one after the other."""
+    share = config.batch // processes
+    micro = config.micro_batch or share
+    return [slice(start, start + micro) for start in range(rank * share, (rank + 1) * share, micro)]
 
 
 def zero_nonfinite(gradients):
@@ -241,7 +256,7 @@ def prepare_run(config, state):
 
 
 # what may change when a run goes on; the rest would make it another experiment
-FREE = {"out", "device", "threads", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps", "decay_steps", "log_every",
+FREE = {"out", "device", "threads", "workers", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps", "decay_steps", "log_every",
         "sample_every", "snapshot_every", "save_every"}
 
 
@@ -278,8 +293,8 @@ def write_files(config, dataset, denoiser, ema, optimizer, done):
     if due(config.sample_every):
         labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
         average = ema.averages[max(config.ema_stds)]
-        images = sample(average, dataset.stats, labels, range(len(labels)), batch=config.micro_batch or 100)
-        save_grid(torch.cat(list(images)), 10, out / "samples" / f"{done:07d}.png")
+        images = torch.cat(list(sample(average, dataset.stats, labels, range(len(labels)), batch=config.micro_batch or 100)))
+        save_images(images, labels, 10, out / "samples" / f"{done:07d}{'.npz' if dataset.latent else '.png'}")
 
 
 # ---- the loop ----
@@ -301,16 +316,17 @@ def train(config, dataset, device, state, rank, processes):
     if rank == 0:
         print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type} x {processes}")
 
-    share = config.batch // processes                                       # images of a batch in each process
-    micro = config.micro_batch or share                                     # of these at once
+    parts = parts_of_batch(config, rank, processes)
     first, since, clock = state["step"] if state else 0, 0, time.monotonic()
     loss_sum, nonfinite = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
+    feed = dataset.feed((batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part]
+                         for step in range(first, config.steps) for part in parts), device, config.workers)
     for step in range(first, config.steps):
-        for start in range(rank * share, (rank + 1) * share, micro):
-            batch = draw_batch(config, dataset, step, slice(start, start + micro), device)
+        for part in parts:
+            batch = draw_batch(config, dataset, *next(feed), step, part, device)
             if processes > 1:                                               # sum gradients over processes only once
-                model.require_backward_grad_sync = start + micro == (rank + 1) * share
-            loss = edm2_loss(model, denoiser.uncertainty, *batch) * (micro / share)
+                model.require_backward_grad_sync = part is parts[-1]
+            loss = edm2_loss(model, denoiser.uncertainty, *batch) / len(parts)
             loss.backward()
             loss_sum += loss.detach()
         nonfinite += zero_nonfinite([p.grad for p in parameters])
@@ -349,8 +365,8 @@ def main():
             raise ValueError(f"batch: {config.batch} is not divisible by the number of processes, {processes}")
         if config.micro_batch and config.batch // processes % config.micro_batch:
             raise ValueError(f"micro_batch: {config.micro_batch} does not divide the {config.batch // processes} images of a process")
-        dataset = load_dataset(config.dataset)
-        config.model = config.model.fit(dataset.images.shape[-1], dataset.images.shape[1], dataset.num_classes)
+        dataset = load_dataset(config.dataset, config.model.image_size, config.model.channels)
+        config.model = config.model.fit(dataset.shape[1], dataset.shape[0], dataset.num_classes)
         state = load_state(config)
         if rank == 0:
             prepare_run(config, state)
@@ -365,9 +381,9 @@ def main():
         torch.set_float32_matmul_precision("high")
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    train(config, dataset.to(device), device, state, rank, processes)
+    train(config, dataset, device, state, rank, processes)
     if rank == 0:
-        print(Path(config.out) / "samples" / f"{config.steps:07d}.png")
+        print(Path(config.out) / "samples" / f"{config.steps:07d}{'.npz' if dataset.latent else '.png'}")
     leave_processes(processes)
 
 

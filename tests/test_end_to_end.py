@@ -161,7 +161,7 @@ def test_two_processes_measure_the_same_as_one_and_a_sweep_draws_its_plot(traine
 MISTAKES = [
     (["train.py", "--config=nowhere.toml"], "train.py: --config: nowhere.toml: No such file"),
     (["train.py", "--stps=3"], "train.py: --stps: unknown key; did you mean 'steps'?"),
-    (["train.py", "--dataset=digit"], "train.py: dataset: there is no 'digit'; there is digits"),
+    (["train.py", "--dataset=digit"], "train.py: dataset: there is no 'digit': no file"),
     (["train.py", "--model.patch=3"], "train.py: model.patch: image_size = 8 is not divisible by 3"),
     (["train.py", "--device=abacus"], "train.py: device: 'abacus' cannot be used"),
     (["train.py", "--batch=7", "--micro_batch=2"], "train.py: micro_batch: 2 does not divide the 7 images"),

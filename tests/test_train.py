@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from data import load_dataset
+from data import Dataset, batch_indices, from_network, load_dataset
 from model import DiTConfig
 from train import TrainConfig, config_keys, draw_batch, learning_rate, load_config, save_config, zero_nonfinite
 
@@ -25,20 +25,27 @@ def test_learning_rate_warms_up_stays_and_falls_as_one_over_sqrt():
     assert learning_rate(10**6, TrainConfig(learning_rate=0.02)) == 0.02
 
 
+def draw(config, dataset, step, part, device):
+    """Those rows of a step's batch, as the training loop gets them."""
+    indices = batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part]
+    (images, labels), = dataset.feed([indices], device)
+    return draw_batch(config, dataset, images, labels, step, part, device)
+
+
 def test_draws_are_a_function_of_seed_and_step_however_the_batch_is_split():
     config, digits = digits_config(batch=32)
-    whole = draw_batch(config, digits, 5, slice(0, 32), CPU)
-    pieces = [draw_batch(config, digits, 5, slice(start, start + 8), CPU) for start in range(0, 32, 8)]
+    whole = draw(config, digits, 5, slice(0, 32), CPU)
+    pieces = [draw(config, digits, 5, slice(start, start + 8), CPU) for start in range(0, 32, 8)]
     for i, value in enumerate(whole):
         assert torch.equal(torch.cat([piece[i] for piece in pieces]), value)
-    for other in (draw_batch(config, digits, 6, slice(0, 32), CPU),
-                  draw_batch(dataclasses.replace(config, seed=1), digits, 5, slice(0, 32), CPU)):
+    for other in (draw(config, digits, 6, slice(0, 32), CPU),
+                  draw(dataclasses.replace(config, seed=1), digits, 5, slice(0, 32), CPU)):
         assert not any(torch.equal(a, b) for a, b in zip(whole, other))
 
 
 def test_draws_have_the_distributions_of_the_recipe():
     config, digits = digits_config(batch=20000, p_mean=-0.4, p_std=1.3)
-    images, labels, sigma, noise = draw_batch(config, digits, 0, slice(0, 20000), CPU)
+    images, labels, sigma, noise = draw(config, digits, 0, slice(0, 20000), CPU)
     assert sigma.log().mean().item() == pytest.approx(-0.4, abs=0.03)
     assert sigma.log().std().item() == pytest.approx(1.3, abs=0.03)
     assert (labels == 10).float().mean().item() == pytest.approx(0.1, abs=0.01)
@@ -46,10 +53,28 @@ def test_draws_have_the_distributions_of_the_recipe():
     assert labels.max() == 10 and images.std().item() == pytest.approx(0.5, abs=0.01)
 
 
+def test_half_of_the_images_are_mirrored_if_asked_for():
+    plain, digits = digits_config(batch=400)
+    images, flipped = draw(plain, digits, 0, slice(0, 400), CPU)[0], draw(dataclasses.replace(plain, flip=True), digits, 0, slice(0, 400), CPU)[0]
+    mirrored = (flipped == images.flip(-1)).all((1, 2, 3))
+    assert ((flipped == images).all((1, 2, 3)) | mirrored).all() and 0.4 < mirrored.float().mean() < 0.6
+
+
+def test_latents_are_drawn_afresh_from_their_posterior():
+    mean, std = torch.randn(4, 2, 2), torch.rand(4, 2, 2) + 0.5
+    dataset = Dataset(torch.cat([mean, std])[None].repeat(50, 1, 1, 1), torch.zeros(50, dtype=torch.long), 0)
+    config = TrainConfig(batch=5000, model=DiTConfig(depth=1, width=16, heads=1, patch=1).fit(2, 4, 0))
+    first, second = (from_network(draw(config, dataset, step, slice(0, 5000), CPU)[0], dataset.stats) for step in (0, 1))
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first.mean(0), mean, rtol=0, atol=0.1)
+    torch.testing.assert_close(first.std(0), std, rtol=0.1, atol=0)
+    assert draw(config, dataset, 0, slice(0, 5000), CPU)[0].std((0, 2, 3)).sub(0.5).abs().max() < 0.02
+
+
 def test_unconditional_training_sees_the_null_label_alone():
     config, digits = digits_config(batch=8)
     config.model = DiTConfig(depth=1, width=16, heads=1, num_classes=0).fit(8, 1, 10)
-    assert config.model.num_classes == 0 and (draw_batch(config, digits, 0, slice(0, 8), CPU)[1] == 0).all()
+    assert config.model.num_classes == 0 and (draw(config, digits, 0, slice(0, 8), CPU)[1] == 0).all()
 
 
 def test_nonfinite_gradients_become_zero_and_are_counted():
