@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 HERE = Path(__file__).parent / "datasets"
 IN_MEMORY = 2**30                                                           # bytes of raw images; larger sets stream from disk
@@ -66,14 +66,15 @@ class Dataset:
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, index):
-        return torch.from_numpy(self.read(index)), self.labels[index]
+    def __getitems__(self, indices):
+        """A whole batch, for the workers of `feed`."""
+        return torch.from_numpy(np.stack([self.read(i) for i in indices])), self.labels[indices]
 
     def raw(self, count):
         """The first `count` images of a fixed random order, raw."""
         if self.read is None:
             return self.images if count >= len(self) else self.images[epoch_order(len(self), 0, 0)[:count]]
-        return torch.stack([torch.from_numpy(self.read(i)) for i in epoch_order(len(self), 0, 0)[:count].tolist()])
+        return torch.from_numpy(np.stack([self.read(i) for i in epoch_order(len(self), 0, 0)[:count].tolist()]))
 
     def measure(self):
         """One mean and standard deviation for pixels, one a channel for latents; of a sample of a streamed set."""
@@ -100,7 +101,7 @@ class Dataset:
                 yield images[indices], labels[indices]
         else:
             loader = torch.utils.data.DataLoader(self, batch_sampler=(indices.tolist() for indices in index_lists), num_workers=workers,
-                                                 pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+                                                 collate_fn=lambda batch: batch, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
             for images, labels in loader:
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -278,12 +279,15 @@ def open_picture(file, where):
 def decode_picture(image, where, size=0, channels=0):
     """Pixels uint8 (C, S, S) of an image, cropped to its central square and resized if `size` says so."""
     try:
-        image = image.convert({1: "L", 3: "RGB"}[channels or (1 if image.mode in ("1", "L") else 3)])
+        mode = {1: "L", 3: "RGB"}[channels or (1 if image.mode in ("1", "L") else 3)]
+        if image.mode != mode:
+            image = image.convert(mode)
         if size:
-            image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+            side, left, top = min(image.size), (image.width - min(image.size)) // 2, (image.height - min(image.size)) // 2
+            image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image)                                          # decodes, if nothing before did
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: does not decode ({str(error)[:80]})") from None
-    pixels = np.array(image)
     return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
 
 
@@ -326,7 +330,7 @@ def from_files(read, labels, num_classes):
     first = read(0)
     if first.nbytes * len(labels) > IN_MEMORY:
         return Dataset(None, labels, num_classes, read)
-    return Dataset(torch.stack([torch.from_numpy(read(i)) for i in range(len(labels))]), labels, num_classes)
+    return Dataset(torch.from_numpy(np.stack([read(i) for i in range(len(labels))])), labels, num_classes)
 
 
 # ---- EDM2's zips ----
@@ -338,9 +342,9 @@ class ZipIndex:
     """
 
     def __init__(self, path):
-        self.path, self.file, self.process = path, None, None
+        self.path, self.file = path, open(path, "rb")
         try:
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            with mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 self.names, self.offsets, self.sizes = self.parse(data)
         except (OSError, ValueError, struct.error, UnicodeError) as error:
             message = str(error) if str(error).startswith(str(path)) else f"{path}: no zip, or cut off ({error})"
@@ -386,15 +390,12 @@ class ZipIndex:
         return names, offsets, sizes
 
     def read(self, i):
-        if self.file is None or self.process != os.getpid():                # a worker process opens its own
-            self.file, self.process = open(self.path, "rb"), os.getpid()
-        offset, size = int(self.offsets[i]), int(self.sizes[i])
-        self.file.seek(offset)
-        head = self.file.read(30)
-        if head[:4] != b"PK\3\4":
-            raise ValueError(f"{self.path}: entry {i} is not where the directory says")
-        self.file.seek(offset + 30 + sum(struct.unpack("<HH", head[26:])))
-        data = self.file.read(size)
+        size = int(self.sizes[i])
+        data = os.pread(self.file.fileno(), size + 512, int(self.offsets[i]))               # the entry and what it begins with;
+        if data[:4] != b"PK\3\4" or len(data) < 30:                                        # without a position, so that worker
+            raise ValueError(f"{self.path}: entry {i} is not where the directory says")     # processes may share the file
+        start = 30 + sum(struct.unpack("<HH", data[26:30]))
+        data = data[start:start + size]
         if len(data) < size:
             raise ValueError(f"{self.path}: entry {i} is cut off")
         return data
@@ -567,7 +568,7 @@ def contact_sheet(dataset):
     order = epoch_order(len(dataset), 0, 0)
     rows = [order[dataset.labels[order] == label][:10] for label in range(min(dataset.num_classes, 16))] or [order[:100]]
     indices = [int(i) for row in rows for i in row]
-    images = torch.stack([dataset.images[i] if dataset.read is None else torch.from_numpy(dataset.read(i)) for i in indices])
+    images = dataset.images[indices] if dataset.read is None else dataset.__getitems__(indices)[0]
     if dataset.latent:
         images = to_network(images[:, :dataset.shape[0]], dataset.stats)[:, :3].add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
     return make_grid(images if images.shape[1] in (1, 3) else images[:, :1], 10)
