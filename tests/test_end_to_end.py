@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -139,6 +140,37 @@ def test_reconstructions_are_taken_by_name_and_by_width(trained, tmp_path):
         assert Image.open(tmp_path / "a.gif").n_frames == 3
     run("sample.py", paths[0], "--columns=2", "--steps=2", f"--out={tmp_path / 'b.png'}", "--guidance=3", f"--guide={paths[0]}")
     assert (tmp_path / "b.png").read_bytes() == picture                     # guided by itself
+
+
+def test_latents_from_a_zip_train_alike_on_two_processes_and_sample_to_npz(tmp_path):
+    generator, latents = np.random.default_rng(0), tmp_path / "latents.zip"
+    with zipfile.ZipFile(latents, "w") as file:
+        for i in range(40):
+            with file.open(f"00000/img-mean-std-{i:08d}.npy", "w") as entry:
+                np.save(entry, np.concatenate([generator.normal(3, 2, (4, 8, 8)), np.ones((4, 8, 8))]).astype(np.float32))
+        file.writestr("dataset.json", json.dumps({"labels": [[f"00000/img-mean-std-{i:08d}.npy", i % 2] for i in range(40)]}))
+    options = [*TINY, f"--dataset={latents}", "--steps=4", "--flip=true", "--workers=1"]
+    run("train.py", *options, f"--out={tmp_path / 'one'}")
+    run("train.py", *options, f"--out={tmp_path / 'two'}", "--micro_batch=4", processes=2)
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    with np.load(tmp_path / "one" / "samples" / "0000004.npz") as file:
+        assert file["latents"].shape == (20, 4, 8, 8) and file["latents"].dtype == np.float32
+    result = run("sample.py", tmp_path / "one", "--columns=2", "--steps=2", f"--out={tmp_path / 'a.npz'}")
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["latents"].shape == (4, 4, 8, 8)
+    result = run("sample.py", tmp_path / "one", f"--out={tmp_path / 'a.png'}", ok=False)
+    assert result.returncode == 2 and "install diffusers" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_data_describes_and_draws(tmp_path):
+    pixels = np.round(np.load(ROOT / "datasets" / "digits.npz", allow_pickle=False)["images"] * (255 / 16)).astype(int)
+    result = run("data.py", "digits", "-o", tmp_path / "sheet.png")
+    assert result.stdout.splitlines() == ["1,797 images, 8x8, 1 channels, in memory", "10 classes, 174 to 183 images each",
+                                          f"channel 0: mean {pixels.mean():.3f}, standard deviation {pixels.std():.3f}", str(tmp_path / "sheet.png")]
+    assert Image.open(tmp_path / "sheet.png").size == (10 * 66 + 2, 10 * 66 + 2)
+    result = run("data.py", tmp_path / "nowhere", ok=False)
+    assert result.returncode == 2 and "there is no" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_two_processes_measure_the_same_as_one_and_a_sweep_draws_its_plot(trained, tmp_path):
