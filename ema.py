@@ -25,6 +25,7 @@ Source: [EDM2] Karras et al. 2024, arXiv 2312.02696.
 
 import argparse
 import copy
+import errno
 import os
 import re
 import sys
@@ -115,6 +116,10 @@ def atomic_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except RuntimeError as error:                                           # torch.save's word for a full disk
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -2,14 +2,17 @@
 
 Source: [EDM2] Karras et al. 2024, arXiv 2312.02696. Read model.py before, ema.py and sample.py after.
 Also runs as plain `python train.py`. Any key can be set on the command line: --learning_rate=0.01 --model.depth=8.
-Started again with the same `out`, a run goes on from its last saved state.
+Started again with the same `out`, a run goes on from its last saved state, and ends as if it had never stopped.
 """
 
 import dataclasses
 import difflib
+import fcntl
 import json
 import math
 import os
+import signal
+import socket
 import sys
 import time
 import tomllib
@@ -23,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from data import batch_indices, load_dataset, to_network
-from ema import PowerEMA, atomic_file, save_snapshot
+from ema import PowerEMA, atomic_file, read_file, save_snapshot
 from layers import force_weight_normalization, normalize_weights, project_gradients
 from model import Denoiser, DiTConfig, edm2_loss, key, magnitudes
 from sample import choose_device, leave_processes, sample, save_images
@@ -55,21 +58,20 @@ class TrainConfig:
     log_every: int = key(50, "steps between lines of log.jsonl")
     sample_every: int = key(0, "steps between sample grids, beside the one at the end (0: none)")
     snapshot_every: int = key(0, "steps between EMA snapshots, beside the one at the end (0: none)")
-    save_every: int = key(1000, "steps between states to resume from, beside the one at the end")
+    save_every: int = key(500, "steps between states to resume from, beside the one at the end")
+    give_up_after: int = key(50, "steps in a row without a finite loss after which to stop")
     model: DiTConfig = dataclasses.field(default_factory=DiTConfig)
 
     def __post_init__(self):
         if self.seed >= 2**63:
             raise ValueError(f"seed: {self.seed} has more than 63 bits")
         for name, least in dict(seed=0, threads=0, workers=0, steps=1, batch=1, micro_batch=0, warmup_steps=0, decay_steps=0, log_every=1,
-                                sample_every=0, snapshot_every=0, save_every=1).items():
+                                sample_every=0, snapshot_every=0, save_every=1, give_up_after=1).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, not {getattr(self, name)}")
         for name in ("learning_rate", "p_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: must be positive, not {getattr(self, name)}")
-        if self.save_every % self.log_every:
-            raise ValueError(f"save_every: {self.save_every} is not a multiple of log_every = {self.log_every}")
         if not self.ema_stds or len(set(self.ema_stds)) < len(self.ema_stds):
             raise ValueError(f"ema_stds: must be one or more different widths, not {list(self.ema_stds)}")
         for std in self.ema_stds:
@@ -157,7 +159,8 @@ def flatten(config):
 def save_config(config, path):
     """Write the configuration as a TOML file that `--config` takes."""
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in flatten(config).items()]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_file(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
 
 
 def print_help():
@@ -219,10 +222,10 @@ def zero_nonfinite(gradients):
 # ---- what a run reports ----
 
 def log(config, done, values):
-    """Append one line to log.jsonl; nothing in it depends on the clock."""
-    line = {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config), **values}
+    """Append one line to log.jsonl; nothing in it depends on the clock. What is not finite becomes null."""
+    values = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
     with open(Path(config.out) / "log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"step": done, "images": done * config.batch} | values) + "\n")
 
 
 def show(config, done, loss, rate):
@@ -237,98 +240,213 @@ def show(config, done, loss, rate):
 
 # ---- the run directory ----
 
-def prepare_run(config, state):
-    """Make the run directory with its config.toml, a log and snapshots that end where `state` does. Raises ValueError."""
+def lock_run(config):
+    """Make the run directory and hold its lock until this process ends, however it ends. Raises ValueError if another does."""
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        save_config(config, out / "config.toml")
-        with open(out / "log.jsonl", "a+") as file:
-            file.seek(0)
-            whole = [line for line in file if line.endswith("\n")]
-            file.truncate(0)
-            file.writelines(line for line in whole if state and json.loads(line)["step"] <= state["step"])
-        for path in (*out.glob("ema/*.pt"), *out.glob("ema/posthoc/*.pt")):
-            if int(path.name.split("-")[0]) > (state["step"] if state else 0):
-                path.unlink()                                               # of another course that the run has not taken
+        lock = open(out / "lock", "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ValueError(f"out: {out} is in use by {lock.read().strip() or 'another training'}; choose another out") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
     except OSError as error:
         raise ValueError(f"out: cannot write the run directory {out} ({error.strerror})") from None
+    return lock
 
 
 # what may change when a run goes on; the rest would make it another experiment
 FREE = {"out", "device", "threads", "workers", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps", "decay_steps", "log_every",
-        "sample_every", "snapshot_every", "save_every"}
+        "sample_every", "snapshot_every", "save_every", "give_up_after"}
 
 
-def load_state(config):
-    """The saved state of the run in config.out, or None. Raises ValueError if this configuration cannot go on from it."""
+def check_config(path, theirs, config):
+    """Raises ValueError if the configuration a state was saved with is another experiment, naming all that differs."""
+    ours = flatten(config)
+    wrong = [f"{name} = {theirs.get(name)}, not {ours[name]}" for name in ours if name not in FREE and theirs.get(name) != ours[name]]
+    if wrong:
+        raise ValueError(f"{path}: was trained with {'; '.join(wrong)}; choose another out")
+
+
+def restore(config, dataset, denoiser, ema, optimizer):
+    """Take up the newest good state of the run: {"step": 0} if there is none, or else what write_state() saved beside.
+
+    A state that does not load is named and skipped for the one before it. Raises ValueError if all are bad, or if this
+    configuration cannot go on from the good one.
+    """
+    out, bad = Path(config.out), []
+    for path in (out / "state.pt", out / "state-previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = read_file(path)
+            progress, theirs = state["progress"], state["config"]
+            if not all(isinstance(progress[name], int) and progress[name] >= 0 for name in ("step", "since", "nonfinite")) \
+                    or not isinstance(progress["loss_sum"], float) or not isinstance(theirs, dict):
+                raise TypeError("its progress is no progress")
+        except (ValueError, KeyError, TypeError) as error:
+            bad.append(str(error) if isinstance(error, ValueError) else f"{path}: not a state of a run")
+            continue
+        check_config(path, theirs, config)
+        if state.get("data") != dataset.stats:
+            raise ValueError(f"{path}: was trained on data of {state.get('data')}, not {dataset.stats}; choose another out")
+        if progress["step"] >= config.steps:
+            raise ValueError(f"{path}: already trained for {progress['step']} steps; ask for more or choose another out")
+        try:
+            denoiser.load_state_dict(state["weights"])
+            ema.load_state_dict(state["ema"])
+            for name, before in optimizer.state_dict()["param_groups"][0].items():
+                if name != "lr" and state["optimizer"]["param_groups"][0].get(name) != before:
+                    raise ValueError(f"its optimizer has another {name}")
+            optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in optimizer.state.items():
+                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("its optimizer is of another network")
+        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            bad.append(f"{path}: does not fit this run ({str(error).splitlines()[0]})")
+            continue
+        for message in bad:
+            print(f"warning: {message}; going on from {path.name}, step {progress['step']}", file=sys.stderr)
+        ours = flatten(config)
+        return progress | {"changed": {name: [theirs.get(name), ours[name]] for name in sorted(FREE - {"out"}) if theirs.get(name) != ours[name]}}
+    if bad:
+        raise ValueError(f"{'; '.join(bad)}; to start anew, choose another out or remove it")
+    return {"step": 0, "since": 0, "nonfinite": 0, "loss_sum": 0.0, "changed": {}}
+
+
+def prepare_run(config, progress):
+    """Write config.toml, and cut the log and the snapshots back to where the state stands. Raises ValueError."""
+    out, step = Path(config.out), progress["step"]
+    try:
+        for path in out.rglob("*.writing"):                                 # of a process that was killed
+            path.unlink()
+        save_config(config, out / "config.toml")
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").exists() else []
+        with atomic_file(out / "log.jsonl") as file:
+            file.write("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
+                               and not (json.loads(line)["step"] == step and "changed" in json.loads(line))).encode())
+        for path in (*out.glob("ema/*.pt"), *out.glob("ema/posthoc/*.pt")):
+            if int(path.name.split("-")[0]) > step:
+                path.unlink()
+        if progress["changed"]:
+            log(config, step, {"changed": progress["changed"]})
+    except OSError as error:
+        raise ValueError(f"out: cannot write the run directory {out} ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out}: its log.jsonl or ema/ holds something else; choose another out") from None
+
+
+def write_state(config, dataset, denoiser, ema, optimizer, progress):
+    """Save all that `restore` needs, keeping the state before it too."""
     path = Path(config.out) / "state.pt"
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, ours in flatten(config).items():
-        theirs = state["config"].get(name)
-        if name not in FREE and ours != theirs:
-            raise ValueError(f"{path}: was trained with {name} = {theirs}, not {ours}; choose another out")
-    if state["step"] >= config.steps:
-        raise ValueError(f"{path}: already trained for {state['step']} steps; ask for more or choose another out")
-    return state
+    with atomic_file(path.with_name("state-next.pt")) as file:
+        torch.save({"progress": progress, "config": flatten(config), "data": dataset.stats, "weights": denoiser.state_dict(),
+                    "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    if path.exists():
+        os.replace(path, path.with_name("state-previous.pt"))
+    os.replace(path.with_name("state-next.pt"), path)
 
 
-def write_files(config, dataset, denoiser, ema, optimizer, done):
-    """What is due after step `done`: EMA snapshots, the state to resume from, a sample grid (always from the same seeds)."""
-    out = Path(config.out)
+def write_samples(config, dataset, ema, done):
+    """A sample grid, always from the same seeds."""
+    labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
+    average = ema.averages[max(config.ema_stds)]
+    images = torch.cat(list(sample(average, dataset.stats, labels, range(len(labels)), batch=config.micro_batch or 100)))
+    save_images(images, labels, 10, samples_path(config, dataset, done))
 
-    def due(every):
-        return done == config.steps or (every and done % every == 0)
 
-    if due(config.snapshot_every):
-        info = {"model": dataclasses.asdict(config.model), "data": dataset.stats}
-        for std, average in ema.averages.items():
-            save_snapshot(out / "ema", average, done, std, info)
-    if due(config.save_every):
-        with atomic_file(out / "state.pt") as file:
-            torch.save({"step": done, "config": flatten(config), "weights": denoiser.state_dict(), "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict()}, file)
-    if due(config.sample_every):
-        labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
-        average = ema.averages[max(config.ema_stds)]
-        images = torch.cat(list(sample(average, dataset.stats, labels, range(len(labels)), batch=config.micro_batch or 100)))
-        save_images(images, labels, 10, out / "samples" / f"{done:07d}{'.npz' if dataset.latent else '.png'}")
+def samples_path(config, dataset, done):
+    return Path(config.out) / "samples" / f"{done:07d}{'.npz' if dataset.latent else '.png'}"
 
 
 # ---- the loop ----
 
-def train(config, dataset, device, state, rank, processes):
-    """Train from `state` (None: from the start) to config.steps. All processes run this; the first one writes."""
+class Stop(Exception):
+    """Ends the run with one line on stderr and an exit code; `alone` if the other processes know nothing of it yet."""
+
+    def __init__(self, message, code=1, alone=False):
+        super().__init__(message)
+        self.code, self.alone = code, alone
+
+
+class Signals:
+    """Remembers SIGINT or SIGTERM, so that the step can be finished. A second one, more than a second later, ends at once;
+    sooner it is the echo that torchrun sends after a Ctrl-C that all processes got."""
+
+    def __init__(self):
+        self.seen, self.when = 0, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.seen and time.monotonic() - self.when > 1:
+            os._exit(128 + number)
+        self.seen, self.when = self.seen or number, self.when if self.seen else time.monotonic()
+
+
+def build(config, device):
+    """The denoiser, its averages and its optimizer, at the start of training. Raises ValueError if they cannot fit."""
+    check_memory(config, device)
     torch.manual_seed(config.seed)
     denoiser = Denoiser(config.model).to(device)
+    return denoiser, PowerEMA(denoiser, config.ema_stds), torch.optim.Adam(denoiser.parameters(), betas=(0.9, 0.99), fused=True)
+
+
+def check_memory(config, device):
+    """Raises ValueError for a model or batch that cannot fit, by a count on the low side: better now than to be killed."""
+    model, images = config.model, config.micro_batch or config.batch
+    tokens = (model.image_size // model.patch) ** 2
+    numbers = (4 + len(config.ema_stds)) * 12 * model.depth * model.width**2 + images * tokens * model.width * model.depth * 8
+    numbers += (4 + len(config.ema_stds)) * model.width * (model.num_classes + tokens) + 2 * config.batch * model.channels * model.image_size**2
+    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * numbers > have:
+        raise ValueError(f"model: of this size, with a batch of {images}, it needs at least {4 * numbers / 2**30:,.0f} GiB of memory, and "
+                         f"there are {have / 2**30:,.0f}")
+
+
+def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, rank, processes):
+    """Train from `progress` to config.steps. All processes run this; the first one writes. Raises Stop to end early."""
     weights, parameters = force_weight_normalization(denoiser), list(denoiser.parameters())
-    ema = PowerEMA(denoiser, config.ema_stds)
-    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
-    if state:
-        denoiser.load_state_dict(state["weights"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
     if config.compile and device.type == "cuda":
         denoiser.net.compile()
-    model = torch.nn.parallel.DistributedDataParallel(denoiser) if processes > 1 else denoiser
+    model, together = denoiser, None
+    if processes > 1:
+        model = torch.nn.parallel.DistributedDataParallel(denoiser)
+        together = dist.new_group(backend="gloo")                           # to agree on things without waiting for a GPU
     if rank == 0:
-        print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type} x {processes}")
+        print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type} x {processes}", flush=True)
 
-    parts = parts_of_batch(config, rank, processes)
-    first, since, clock = state["step"] if state else 0, 0, time.monotonic()
-    loss_sum, nonfinite = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
+    def over_processes(value, op=dist.ReduceOp.SUM):
+        value = torch.tensor(value, dtype=torch.float64)
+        if processes > 1:
+            dist.all_reduce(value, op, together)
+        return value.item()
+
+    parts, first, since, last_good = parts_of_batch(config, rank, processes), progress["step"], progress["since"], progress["step"]
+    loss_sum = torch.tensor(progress["loss_sum"] * processes if rank == 0 else 0.0, device=device)
+    nonfinite, bad = torch.tensor(progress["nonfinite"], device=device), torch.zeros((), dtype=torch.long, device=device)
+    clock, shown = time.monotonic(), first
     feed = dataset.feed((batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part]
                          for step in range(first, config.steps) for part in parts), device, config.workers)
     for step in range(first, config.steps):
+        loss_step = torch.zeros((), device=device)
         for part in parts:
-            batch = draw_batch(config, dataset, *next(feed), step, part, device)
+            try:
+                images, labels = next(feed)
+            except ValueError as error:
+                raise Stop(str(error), alone=True) from None
+            batch = draw_batch(config, dataset, images, labels, step, part, device)
             if processes > 1:                                               # sum gradients over processes only once
                 model.require_backward_grad_sync = part is parts[-1]
             loss = edm2_loss(model, denoiser.uncertainty, *batch) / len(parts)
             loss.backward()
-            loss_sum += loss.detach()
+            loss_step += loss.detach()
+        loss_sum += loss_step
+        bad = torch.where(loss_step.isfinite(), 0, bad + 1)
         nonfinite += zero_nonfinite([p.grad for p in parameters])
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         project_gradients(weights)
@@ -338,26 +456,56 @@ def train(config, dataset, device, state, rank, processes):
         ema.update(denoiser, step + 1)
 
         done, since = step + 1, since + 1
-        if done % config.log_every == 0 or done == config.steps:
-            if processes > 1:
-                dist.all_reduce(loss_sum)
-            loss = loss_sum.item() / processes / since
+        stop = int(over_processes(signals.seen, dist.ReduceOp.MAX))
+
+        def due(every):
+            return done == config.steps or (every and done % every == 0)
+
+        if due(config.log_every):
+            loss = over_processes(loss_sum.item()) / processes / since
             if rank == 0:
                 images, labels, sigma, noise = batch
                 rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
-                log(config, done, {"loss": loss, **rms, "nonfinite": nonfinite.item()})
-                show(config, done, loss, since / (time.monotonic() - clock))
+                log(config, done, {"learning_rate": learning_rate(step, config), "loss": loss, **rms, "nonfinite": nonfinite.item()})
+                show(config, done, loss, (done - shown) / (time.monotonic() - clock))
             loss_sum.zero_()
             nonfinite.zero_()
-            since, clock = 0, time.monotonic()
-        if rank == 0:
-            write_files(config, dataset, denoiser, ema, optimizer, done)
+            since, shown, clock = 0, done, time.monotonic()
+        if due(config.log_every) or due(config.save_every) or due(config.snapshot_every) or stop:
+            diverged = int(over_processes(bad.item(), dist.ReduceOp.MAX))
+            if diverged >= config.give_up_after:
+                raise Stop(f"the loss has not been finite for {diverged} steps, up to {done}; the last good state is of step {last_good}. "
+                           "Try a lower learning rate from there")
+            if not diverged and rank == 0 and due(config.snapshot_every):
+                info = {"model": dataclasses.asdict(config.model), "data": dataset.stats}
+                for std, average in ema.averages.items():
+                    save_snapshot(Path(config.out) / "ema", average, done, std, info)
+            if not diverged and (due(config.save_every) or stop):
+                last_good = done
+                progress = {"step": done, "since": since, "nonfinite": nonfinite.item(), "loss_sum": over_processes(loss_sum.item()) / processes}
+                if rank == 0:
+                    write_state(config, dataset, denoiser, ema, optimizer, progress)
+        if rank == 0 and due(config.sample_every):
+            write_samples(config, dataset, ema, done)
+        if stop and done < config.steps:
+            raise Stop(f"{signal.Signals(stop).name}: stopped after step {done}, saved; the same command goes on", 128 + stop)
 
 
 def main():
     if "--help" in sys.argv or "-h" in sys.argv:
         return print_help()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    signals = Signals()
+
+    def fail(error, code, alone=False):
+        if rank == 0 or alone:
+            print(("\n" if sys.stdout.isatty() and code != 2 else "") + f"train.py: {error}", file=sys.stderr, flush=True)
+        if alone and processes > 1:
+            os._exit(code)                                                  # an orderly end would wait for the others
+        if dist.is_initialized():
+            leave_processes(processes)
+        sys.exit(code)
+
     try:
         config = load_config(sys.argv[1:])
         device = choose_device(config.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)
@@ -367,23 +515,32 @@ def main():
             raise ValueError(f"micro_batch: {config.micro_batch} does not divide the {config.batch // processes} images of a process")
         dataset = load_dataset(config.dataset, config.model.image_size, config.model.channels)
         config.model = config.model.fit(dataset.shape[1], dataset.shape[0], dataset.num_classes)
-        state = load_state(config)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        lock = lock_run(config) if rank == 0 else None                      # noqa: F841  held until the end
+        state = build(config, device)
+        progress = restore(config, dataset, *state)
         if rank == 0:
-            prepare_run(config, state)
+            prepare_run(config, progress)
     except ValueError as error:
-        if rank == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        fail(error, 2)
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    train(config, dataset, device, state, rank, processes)
-    if rank == 0:
-        print(Path(config.out) / "samples" / f"{config.steps:07d}{'.npz' if dataset.latent else '.png'}")
+    try:
+        train(config, dataset, device, *state, progress, signals, rank, processes)
+        if rank == 0:
+            print(samples_path(config, dataset, config.steps))
+    except Stop as stop:
+        fail(stop, stop.code, stop.alone)
+    except OSError as error:
+        fail(f"cannot write to {config.out} ({error.strerror}); what was saved before is intact, and the same command goes on from it", 1, True)
+    except RuntimeError as error:
+        if processes == 1 or not any(word in str(error) for word in ("onnection", "peer", "NCCL", "gloo")):
+            raise
+        fail("another process died or lost its connection; the same command goes on from the last saved state", 1, True)
     leave_processes(processes)
 
 

@@ -118,7 +118,7 @@ def test_every_key_is_documented():
     ("ema_stds = [0.1, 0.1]", "ema_stds: must be one or more different"),
     ("learning_rate = nan", "learning_rate: must be a number"),
     ("model = 3", "model: unknown key"),
-    ("save_every = 7", "save_every: 7 is not a multiple of log_every"),
+    ("give_up_after = 0", "give_up_after: must be at least 1, not 0"),
     ("[model]\nwidth = 100\nheads = 3", "model.width: 100 is not divisible by heads = 3"),
     ('[model]\nmodulation = ["spin"]', "model.modulation: 'spin' is not one of rotate, scale, shift, gate"),
 ])
