@@ -19,16 +19,18 @@ import struct
 import sys
 import tarfile
 import time
+import urllib.error
 import urllib.request
+import urllib.response
 import zlib
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 HERE = Path(__file__).parent / "datasets"
 IN_MEMORY = 2**30                                                           # bytes of raw images; larger sets stream from disk
@@ -43,54 +45,60 @@ class Dataset:
 
     images: raw (N, C, S, S), or None. read: without them, a function from an index to one raw image as a numpy array.
     shape: (C, S, S) as the network sees it. latent: whether images are posteriors. stats: mean and std of what the network
-    sees, computed once; the run stores them, since sampling has to undo them: one number each for pixels, one a channel
-    for latents.
+    sees, computed at first use; the run stores them, since sampling has to undo them: one number each for pixels, one a
+    channel for latents.
     """
 
     images: torch.Tensor | None
     labels: torch.Tensor
     num_classes: int
     read: object = None
-    shape: tuple = ()
-    latent: bool = False
-    stats: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.shape:
-            raw = self.images[0] if self.read is None else torch.from_numpy(self.read(0))
-            self.latent = raw.dtype == torch.float32
-            self.shape = (raw.shape[0] // 2 if self.latent else raw.shape[0], *raw.shape[1:])
-        if not self.stats:
-            self.stats = self.measure()
+        raw = self.images[0] if self.read is None else torch.from_numpy(self.read(0))
+        self.latent = raw.dtype == torch.float32
+        self.shape = (raw.shape[0] // 2 if self.latent else raw.shape[0], *raw.shape[1:])
 
     def __len__(self):
         return len(self.labels)
 
     def __getitems__(self, indices):
-        """A whole batch, for the workers of `feed`."""
-        return torch.from_numpy(np.stack([self.read(i) for i in indices])), self.labels[indices]
+        """A whole batch, for the workers of `feed`; or, for what cannot be read, the message to end with."""
+        try:
+            return torch.from_numpy(np.stack([self.read(i) for i in indices])), self.labels[indices]
+        except ValueError as error:
+            return str(error)
 
-    def raw(self, count):
-        """The first `count` images of a fixed random order, raw."""
+    def raw(self):
+        """Yield raw images in pieces: all, or of a streamed set the first MEASURED of a fixed random order."""
         if self.read is None:
-            return self.images if count >= len(self) else self.images[epoch_order(len(self), 0, 0)[:count]]
-        return torch.from_numpy(np.stack([self.read(i) for i in epoch_order(len(self), 0, 0)[:count].tolist()]))
+            yield from self.images.split(4096)
+        else:
+            for indices in epoch_order(len(self), 0, 0)[:MEASURED].split(256):
+                yield torch.from_numpy(np.stack([self.read(i) for i in indices.tolist()]))
 
-    def measure(self):
-        """One mean and standard deviation for pixels, one a channel for latents; of a sample of a streamed set."""
-        if self.latent:
-            mean, std = zip(*self.channel_stats())
-            return {"mean": list(mean), "std": list(std)}
-        return dict(zip(("mean", "std"), pixel_stats(self.raw(MEASURED if self.read else len(self)))))
-
+    @cached_property
     def channel_stats(self):
-        """[(mean, standard deviation)] of each channel, of a sample of a streamed set."""
-        raw = self.raw(MEASURED if self.read else len(self))
-        if not self.latent:
-            return [pixel_stats(channel) for channel in raw.unbind(1)]
-        mean, std = raw.double().chunk(2, dim=1)
-        square = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
-        return list(zip(mean.mean((0, 2, 3)).tolist(), square.sqrt().tolist()))
+        """[(mean, standard deviation)] of each channel, in float64; of a posterior's draws for latents."""
+        count, total, square = 0, 0.0, 0.0
+        for raw in self.raw():
+            if self.latent:
+                mean, std = raw.double().chunk(2, dim=1)
+                values, squares = mean.sum((0, 2, 3)), (mean.square() + std.square()).sum((0, 2, 3))
+            else:                                                           # histograms are exact, and need no float copy
+                histogram = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in raw.unbind(1)]).double()
+                values, squares = histogram @ torch.arange(256.0).double(), histogram @ torch.arange(256.0).double().square()
+            count, total, square = count + raw[:, 0].numel(), total + values, square + squares
+        mean = total / count
+        return list(zip(mean.tolist(), (square / count - mean.square()).clamp(min=0).sqrt().tolist()))
+
+    @cached_property
+    def stats(self):
+        means, stds = (np.array(values) for values in zip(*self.channel_stats))
+        if self.latent:
+            return {"mean": means.tolist(), "std": stds.tolist(), "latent": True}
+        mean = means.mean()                                                 # every channel has as many values
+        return {"mean": float(mean), "std": float(np.sqrt((stds**2 + means**2).mean() - mean**2)), "latent": False}
 
     def feed(self, index_lists, device, workers=0):
         """Raw images and labels on `device` for each list of indices in turn, read ahead by worker processes if not in memory."""
@@ -101,16 +109,12 @@ class Dataset:
                 yield images[indices], labels[indices]
         else:
             loader = torch.utils.data.DataLoader(self, batch_sampler=(indices.tolist() for indices in index_lists), num_workers=workers,
-                                                 collate_fn=lambda batch: batch, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
-            for images, labels in loader:
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def pixel_stats(images):
-    """Mean and standard deviation of uint8 values; by their histogram, exact and without a float copy."""
-    histogram, values = torch.bincount(images.flatten(), minlength=256).double(), torch.arange(256).double()
-    mean = (histogram * values).sum() / histogram.sum()
-    return mean.item(), ((histogram * (values - mean) ** 2).sum() / histogram.sum()).sqrt().item()
+                                                 collate_fn=lambda batch: batch, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+                                                 multiprocessing_context="fork" if workers else None)
+            for batch in loader:
+                if isinstance(batch, str):
+                    raise ValueError(batch)
+                yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 def to_network(images, stats):
@@ -153,14 +157,18 @@ def batch_indices(size, seed, start, count):
 
 def make_labels(labels, where, num_classes=0):
     """Labels as a tensor, and the number of classes. Raises ValueError for labels that cannot be."""
-    labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
-    top = int(labels.max())
-    if labels.min() < 0 or (num_classes and top >= num_classes):
-        bad = int(((labels < 0) | (labels >= (num_classes or top + 1))).nonzero()[0])
-        raise ValueError(f"{where}: label {int(labels[bad])} of image {bad} is out of range")
-    if top == 0:
+    try:
+        labels = np.asarray(labels)
+    except ValueError:
+        labels = np.empty(0)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:
+        raise ValueError(f"{where}: labels must be one whole number for each image")
+    bad = (labels < 0) | (labels >= (num_classes or 2**31))
+    if bad.any():
+        raise ValueError(f"{where}: label {labels[bad.argmax()]} of image {bad.argmax()} is out of range")
+    if labels.max() == 0:
         raise ValueError(f"{where}: there is only one class, so labels say nothing; leave them away (images in one flat folder have none)")
-    return labels, num_classes or top + 1
+    return torch.from_numpy(labels.astype(np.int64)), num_classes or int(labels.max()) + 1
 
 
 def read_idx(path):
@@ -178,12 +186,13 @@ def read_idx(path):
 
 
 def load_idx(path, num_classes=0):
-    """MNIST's format: NAME-images-idx3-ubyte with NAME-labels-idx1-ubyte beside it, if there is one."""
+    """MNIST's format: NAME-images-idx3-ubyte with NAME-labels-idx1-ubyte beside it, if there is one, either of them .gz or not."""
     images = read_idx(path)
-    if images.ndim != 3 or images.shape[1] != images.shape[2]:
+    if images.ndim != 3 or images.shape[1] != images.shape[2] or not images.size:
         raise ValueError(f"{path}: must hold square images (N, S, S), not {images.shape}")
-    images, beside = torch.from_numpy(images.copy())[:, None], path.with_name(path.name.replace("images-idx3", "labels-idx1"))
-    if beside == path or not beside.exists():
+    images, name = torch.from_numpy(images.copy())[:, None], re.sub(r"images([-.])idx3", r"labels\1idx1", path.name.removesuffix(".gz"))
+    beside = next((path.with_name(other) for other in (name, name + ".gz") if other != path.name and path.with_name(other).exists()), None)
+    if beside is None:
         return Dataset(images, torch.zeros(len(images), dtype=torch.long), 0)
     labels = read_idx(beside)
     if labels.shape != (len(images),):
@@ -193,10 +202,12 @@ def load_idx(path, num_classes=0):
 
 def parse_python_batch(data, where):
     """Images and labels of one batch of CIFAR's "python version", found in the pickle without unpickling it."""
-    pixels, labels, last = None, [], None
+    pixels, labels, last, fortran = None, [], None, False
     try:
         for opcode, value, _ in pickletools.genops(data):
-            if isinstance(value, (str, bytes)):
+            if opcode.name in ("NEWTRUE", "NEWFALSE"):                      # the last before the pixels is the array's order
+                fortran = opcode.name == "NEWTRUE" if pixels is None else fortran
+            elif isinstance(value, (str, bytes)):
                 raw = value.encode("latin-1") if isinstance(value, str) else value
                 if len(raw) >= 3072 and len(raw) % 3072 == 0:
                     pixels = np.frombuffer(raw, np.uint8).reshape(-1, 3, 32, 32)
@@ -206,7 +217,9 @@ def parse_python_batch(data, where):
                 labels.append(value)
     except (ValueError, UnicodeError) as error:
         raise ValueError(f"{where}: not a CIFAR batch ({error})") from None
-    if pixels is None or len(labels) != len(pixels):
+    if fortran:
+        raise ValueError(f"{where}: its array is in Fortran order, unlike CIFAR's")
+    if pixels is None or not len(labels) == len(pixels) > 0:
         raise ValueError(f"{where}: not a CIFAR batch, {len(labels)} labels for {0 if pixels is None else len(pixels)} images")
     return pixels, np.array(labels)
 
@@ -216,7 +229,7 @@ def load_cifar(path):
     images, labels, num_classes = [], [], 10
     try:
         with tarfile.open(path) as tar:
-            for member in sorted(tar, key=lambda member: member.name):
+            for member in sorted(tar, key=lambda member: member.name):      # the published batches, in their order
                 name = member.name.rsplit("/", 1)[-1]
                 if not re.fullmatch(r"data_batch_\d+(\.bin)?|train(\.bin)?", name) or not member.isfile():
                     continue
@@ -224,7 +237,7 @@ def load_cifar(path):
                 num_classes = 100 if name.startswith("train") else 10
                 if name.endswith(".bin"):                                   # coarse label, only in CIFAR-100; label; pixels
                     head = 2 if num_classes == 100 else 1
-                    if len(data) % (head + 3072):
+                    if not data or len(data) % (head + 3072):
                         raise ValueError(f"{where}: {len(data)} bytes are no whole number of images")
                     records = np.frombuffer(data, np.uint8).reshape(-1, head + 3072)
                     part = records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
@@ -252,10 +265,12 @@ def load_npz(path):
     if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[1] != images.shape[2]:
         found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
         raise ValueError(f"{path}: needs square images arr_0, uint8 (N, S, S, C), but has {found}")
+    if not images.size or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise ValueError(f"{path}: needs one or more images of 1 or 3 channels, but arr_0 is {images.shape}")
     images = torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
     if labels is None:
         return Dataset(images, torch.zeros(len(images), dtype=torch.long), 0)
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+    if labels.shape != (len(images),):
         raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape} for {len(images)} images")
     return Dataset(images, *make_labels(labels, path))
 
@@ -267,7 +282,7 @@ def open_picture(file, where):
         frames, mode = getattr(image, "n_frames", 1), image.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: does not decode ({str(error).replace(chr(10), ' ')[:80]})") from None
-    if frames > 1:
+    if frames > 1 and image.format != "MPO":                                # what phones save, a photo with a second beside it
         raise ValueError(f"{where}: is animated, {frames} frames")
     if mode.startswith("I") or mode == "F":
         raise ValueError(f"{where}: has more than 8 bits a channel (mode {mode})")
@@ -279,13 +294,14 @@ def open_picture(file, where):
 def decode_picture(image, where, size=0, channels=0):
     """Pixels uint8 (C, S, S) of an image, cropped to its central square and resized if `size` says so."""
     try:
+        image = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
         mode = {1: "L", 3: "RGB"}[channels or (1 if image.mode in ("1", "L") else 3)]
         if image.mode != mode:
             image = image.convert(mode)
         if size:
             side, left, top = min(image.size), (image.width - min(image.size)) // 2, (image.height - min(image.size)) // 2
             image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image)                                          # decodes, if nothing before did
+        pixels = np.array(image)                                            # decodes, if nothing before did
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: does not decode ({str(error)[:80]})") from None
     return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
@@ -357,9 +373,7 @@ class ZipIndex:
             raise ValueError("its directory is missing")
         count, size, start = struct.unpack_from("<HII", data, end + 10)
         locator = end - 20
-        if 0xFFFF in (count,) or 0xFFFFFFFF in (size, start):
-            if data[locator:locator + 4] != b"PK\6\7":
-                raise ValueError("its 64-bit directory is missing")
+        if data[locator:locator + 4] == b"PK\6\7":                          # more than 65,535 entries, or 4 GB
             at, = struct.unpack_from("<Q", data, locator + 8)
             count, size, start = struct.unpack_from("<QQQ", data, at + 32)
         names, offsets, sizes = [], np.empty(count, np.int64), np.empty(count, np.int64)
@@ -446,7 +460,7 @@ def read_posterior(data, where):
         image = np.load(BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{where}: is no plain npy ({str(error).splitlines()[0]})") from None
-    if image.dtype != np.float32 or image.ndim != 3 or image.shape[0] % 2:
+    if image.dtype != np.float32 or image.ndim != 3 or image.shape[0] % 2 or not image.size:
         raise ValueError(f"{where}: must be float32 (2C, S, S), mean and std of a posterior, not {image.dtype} {image.shape}")
     return image
 
@@ -472,6 +486,9 @@ DOWNLOADS = {                                                               # na
 }
 
 
+NAMES = ("digits", *DOWNLOADS)
+
+
 def find_download(name):
     """The folder that holds the files of a dataset by name, or None: datasets/NAME here, or where the system has them."""
     folders = [HERE / name, *(Path(prefix) / "share" / "datasets" / name for prefix in (sys.prefix, sys.base_prefix, "/usr"))]
@@ -495,7 +512,7 @@ def load_dataset(name, size=0, channels=0):
     if path.is_dir():
         return load_folder(path, size, channels)
     if not path.is_file():
-        raise ValueError(f"dataset: there is no {name!r}: no file, no folder, nor one of digits, {', '.join(DOWNLOADS)}")
+        raise ValueError(f"dataset: there is no {name!r}: no file, no folder, nor one of {', '.join(NAMES)}")
     if path.suffix == ".npz":
         return load_npz(path)
     if path.suffix == ".zip":
@@ -508,6 +525,16 @@ def load_dataset(name, size=0, channels=0):
 
 
 # ---- fetch, describe ----
+
+def open_url(request, have):
+    """The answer to a request; an empty one if all bytes are here already, which a server calls an unsatisfiable range."""
+    try:
+        return urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if not (have and error.code == 416):
+            raise
+        return urllib.response.addinfourl(BytesIO(), {}, error.url, 206)
+
 
 def fetch(name):
     """Download the files of a dataset into datasets/NAME, going on where an interrupted download stopped; each appears
@@ -522,7 +549,7 @@ def fetch(name):
         have = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(base + file, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            with urllib.request.urlopen(request, timeout=30) as source, open(part, "ab" if have else "wb") as out:
+            with open_url(request, have) as source, open(part, "ab" if have else "wb") as out:
                 if have and source.status != 206:                           # it sends the whole again
                     out.truncate(0)
                     have = 0
@@ -566,18 +593,22 @@ def make_grid(images, columns):
 def contact_sheet(dataset):
     """Ten images of each of the first 16 classes, or 100 without labels; of latents, three channels of their means."""
     order = epoch_order(len(dataset), 0, 0)
-    rows = [order[dataset.labels[order] == label][:10] for label in range(min(dataset.num_classes, 16))] or [order[:100]]
-    indices = [int(i) for row in rows for i in row]
-    images = dataset.images[indices] if dataset.read is None else dataset.__getitems__(indices)[0]
+    rows = [order[dataset.labels[order] == label][:10] for label in range(min(dataset.num_classes, 16))] or list(order[:100].split(10))
+    images = [torch.from_numpy(dataset.read(i)) if dataset.read else dataset.images[i] for row in rows for i in row.tolist()]
+    images = torch.stack(images)
     if dataset.latent:
         images = to_network(images[:, :dataset.shape[0]], dataset.stats)[:, :3].add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
-    return make_grid(images if images.shape[1] in (1, 3) else images[:, :1], 10)
+    images = images if images.shape[1] in (1, 3) else images[:, :1]
+    sheet = images.new_zeros(len(rows), 10, *images.shape[1:])              # short rows end in black
+    for row, part in zip(sheet, images.split([len(row) for row in rows])):
+        row[:len(part)] = part
+    return make_grid(sheet.flatten(0, 1), 10)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help=f"digits, {', '.join(DOWNLOADS)}, or a path")
+    parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a path")
     parser.add_argument("--size", type=int, default=0, help="crop and resize a folder of images to this side")
     parser.add_argument("-o", "--out", type=Path, default=Path("contact-sheet.png"), help="the sheet to write (default: contact-sheet.png)")
     args = parser.parse_args()
@@ -593,7 +624,7 @@ def main():
           f"{'in memory' if dataset.read is None else 'read from disk'}")
     counts = dataset.labels.bincount().tolist()
     print(f"{dataset.num_classes} classes, {min(counts):,} to {max(counts):,} images each" if dataset.num_classes else "no labels")
-    for c, (mean, std) in enumerate(dataset.channel_stats()):
+    for c, (mean, std) in enumerate(dataset.channel_stats):
         print(f"channel {c}: mean {mean:.3f}, standard deviation {std:.3f}")
     try:
         contact.save(args.out)

@@ -16,10 +16,12 @@ import argparse
 import hashlib
 import math
 import os
+import pickle
 import re
 import sys
 import time
 import tomllib
+import zlib
 from pathlib import Path
 from urllib.error import URLError
 from zipfile import BadZipFile
@@ -31,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import decode_picture, list_pictures, load_dataset, open_picture
-from ema import atomic_file
+from data import NAMES, decode_picture, list_pictures, load_dataset, open_picture
+from ema import atomic_file, snapshot_path, std_to_gamma
 from sample import check_guidance, choose_device, guided, join_processes, leave_processes, load_decoder, load_denoiser, sample, save_picture
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -279,8 +281,8 @@ def load_inception(path=None):
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (RuntimeError, TypeError, AttributeError, EOFError) as error:
-        raise ValueError(f"{path}: not the weights of FID's Inception network ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, TypeError, AttributeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not the weights of FID's Inception network ({type(error).__name__})") from None
     return network.eval()
 
 
@@ -340,7 +342,7 @@ def read_samples(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             images = file["arr_0"]
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: arr_0 cannot be read ({error})") from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), not {images.dtype} {images.shape}")
@@ -350,7 +352,7 @@ def read_samples(path):
 def draw_samples(run, args, device, numbers):
     """Yield samples of a run; number i comes from seed args.seed + i and is of class i modulo the number of classes."""
     denoiser, stats = load_denoiser(run, device, args.ema)
-    decode = load_decoder(denoiser, device)
+    decode = load_decoder(stats, device)
     classes = max(denoiser.net.config.num_classes, 1)
     check_guidance(denoiser, stats, args.guidance)
     for images in sample(denoiser, stats, [i % classes for i in numbers], [args.seed + i for i in numbers], args.batch,
@@ -369,38 +371,40 @@ def read_statistics(path):
                 return mu, sigma, int(file["count"]) if "count" in file.files else None
             if "arr_0" not in file.files:
                 raise ValueError(f"has neither mu and sigma nor arr_0, but {', '.join(file.files) or 'nothing'}")
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0] if str(error) else 'no npz'}") from None
 
 
 def open_source(source, args, device, rank, processes):
-    """How many images a source has, and this process's share of them in batches."""
-    path, share = Path(source), slice(rank, None, processes)
-    if (path / "ema").is_dir():
-        return args.count, draw_samples(path, args, device, range(args.count)[share])
-    if path.is_dir():
-        paths = list_pictures(path)
-        if not paths:
-            raise ValueError(f"{path}: there are no images in it, nor a run")
-        return len(paths), read_images(paths[share], args.batch)
-    if path.suffix == ".npz":
-        images = read_samples(path)
-        return len(images), images[share].split(args.batch)
-    dataset = load_dataset(source)
+    """How many images a source has, and this process's share of them in batches. source: a text or a Dataset."""
+    path, share = Path(str(source)), slice(rank, None, processes)
+    if isinstance(source, str) and source not in NAMES:
+        if (path / "ema").is_dir():
+            return args.count, draw_samples(path, args, device, range(args.count)[share])
+        if path.is_dir():
+            paths = list_pictures(path)
+            if not paths:
+                raise ValueError(f"{path}: there are no images in it, nor a run")
+            return len(paths), read_images(paths[share], args.batch)
+        if path.suffix == ".npz" and path.is_file():
+            images = read_samples(path)
+            return len(images), images[share].split(args.batch)
+    dataset = load_dataset(source) if isinstance(source, str) else source
     if dataset.latent:
-        raise ValueError(f"{source}: holds latents, not images")
+        raise ValueError("the dataset holds latents; name images to compare with")
     feed = dataset.feed(torch.arange(len(dataset))[share].split(args.batch), torch.device("cpu"))
     return len(dataset), (images for images, _ in feed)
 
 
 @torch.no_grad()
-def statistics(source, features, args, device, rank, processes):
+def statistics(name, features, args, device, rank, processes, dataset=None):
     """mu, sigma and count (None if unknown) of a source, the same in every process. Raises ValueError naming it."""
-    if Path(source).suffix == ".npz":
+    source = name
+    if dataset is None and Path(source).suffix == ".npz" and Path(source).is_file():
         known = read_statistics(source)
         if known:
             return known
-    total, batches = open_source(source, args, device, rank, processes)
+    total, batches = open_source(dataset or source, args, device, rank, processes)
     seen, begin = FeatureStatistics(), time.monotonic()
     shown = begin
     for images in batches:
@@ -415,9 +419,13 @@ def statistics(source, features, args, device, rank, processes):
             done, shown = seen.count * processes, now
             print(f"{source}: {done}/{total} images  {done / (now - begin):.0f} images/s  {(now - begin) * (total - done) / done:.0f} s left",
                   end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-    if not seen.count:
-        raise ValueError(f"{source}: has fewer images than there are processes")
     if processes > 1:
+        sizes = [torch.zeros((), dtype=torch.long) for _ in range(processes)]
+        dist.all_gather(sizes, torch.tensor(len(seen.mean) if seen.count else 0))
+        if not all(sizes):
+            raise ValueError(f"{source}: has fewer images than there are processes")
+        if len({int(size) for size in sizes}) > 1:
+            raise ValueError(f"{source}: images of different size have different numbers of features")
         seen = merge_processes(seen, processes)
     if rank == 0:
         print(f"{source}: {seen.count} images, {len(seen.mean)} features", file=sys.stderr)
@@ -459,10 +467,12 @@ def save_statistics(statistics, path):
 
 
 def dataset_of(run):
-    """The dataset that a run directory was trained on, by its config.toml."""
+    """Name of the dataset that a run directory was trained on, and the dataset, cropped and resized as it was there."""
     try:
-        return tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8"))["dataset"]
-    except (OSError, ValueError, KeyError):
+        config = tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8"))
+        name, model = config["dataset"], config["model"]
+        return name, load_dataset(name, model["image_size"], model["channels"])
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError):
         raise ValueError(f"{run}: has no config.toml that names its dataset; name one with --reference") from None
 
 
@@ -537,6 +547,13 @@ def main():
         for name, least in dict(count=1, seed=0, batch=1, guidance=0).items():
             if not least <= getattr(args, name) < math.inf:
                 raise ValueError(f"--{name}: must be at least {least}, not {getattr(args, name)}")
+        if args.command == "sweep":
+            args.out = args.out or Path(args.a) / "sweep.png"
+            for std in args.std:
+                snapshot_path("", 0, std)
+                std_to_gamma(std)
+        if args.command != "compare" and not args.out.parent.is_dir():      # now rather than after all the work
+            raise ValueError(f"--out: there is no directory {args.out.parent}")
         device = choose_device(args.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)
         if rank > 0:
             dist.barrier()                                                  # the first process may have to download
@@ -544,8 +561,8 @@ def main():
         if processes > 1 and rank == 0:
             dist.barrier()
 
-        def of(source):
-            return statistics(source, features, args, device, rank, processes)
+        def of(source, dataset=None):
+            return statistics(source, features, args, device, rank, processes, dataset)
 
         if args.command == "compare":
             print(f"{compare(of(args.a), of(args.b), (args.a, args.b)):.6g}")
@@ -555,21 +572,20 @@ def main():
                 save_statistics(found, args.out)
             print(args.out)
         else:
-            reference, distances = args.reference or dataset_of(args.a), []
-            expected = of(reference)
+            reference, dataset = (args.reference, None) if args.reference else dataset_of(args.a)
+            distances, expected = [], of(reference, dataset)
             for args.ema in args.std:
                 distances.append(compare(of(args.a), expected, (args.a, reference)))
                 print(f"EMA width {args.ema:.3f}  distance {distances[-1]:.6g}", flush=True)
             print(f"best: EMA width {args.std[np.argmin(distances)]:.3f}")
-            out = args.out or Path(args.a) / "sweep.png"
             if rank == 0:
                 ranked = sorted(zip(args.std, distances))
-                save_plot(*zip(*ranked), ("EMA width", f"Frechet distance to {reference}, features: {args.features}"), out)
-            print(out)
+                save_plot(*zip(*ranked), ("EMA width", f"Frechet distance to {reference}, features: {args.features}"), args.out)
+            print(args.out)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
+        parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     leave_processes(processes)
 
 

@@ -99,7 +99,7 @@ def sample(denoiser, stats, labels, seeds, batch=256, frames=False, denoise=None
     """Draw one image for each pair of label (int, or num_classes for none) and seed; yields them in batches.
 
     stats: mean and std of the dataset. denoise: what to sample with, if not `denoiser` itself. options: heun_sampler's.
-    Yields uint8 (B, C, S, S) on the CPU, or float32 if these are latents (other than 1 or 3 channels); with `frames`
+    Yields uint8 (B, C, S, S) on the CPU, or float32 if `stats` says that these are latents; with `frames`
     (B, steps + 1, C, S, S), what each step starts from and the result.
     """
     config, device = denoiser.net.config, next(denoiser.parameters()).device
@@ -112,7 +112,7 @@ def sample(denoiser, stats, labels, seeds, batch=256, frames=False, denoise=None
 
         x = heun_sampler(denoise or denoiser, draw(), rows, draw=draw, watch=watch if frames else None, **options)
         x = torch.stack([*seen, x], dim=1) if frames else x
-        yield (to_uint8(x, stats) if config.channels in (1, 3) else from_network(x, stats)).cpu()
+        yield (from_network(x, stats) if stats["latent"] else to_uint8(x, stats)).cpu()
 
 
 def save_picture(image, path):
@@ -178,7 +178,7 @@ def load_denoiser(path, device, std=None):
     try:
         denoiser = Denoiser(DiTConfig(**snapshot["info"]["model"]))
         denoiser.load_state_dict(snapshot["weights"])
-        stats = {name: snapshot["info"]["data"][name] for name in ("mean", "std")}
+        stats = {name: snapshot["info"]["data"][name] for name in ("mean", "std", "latent")}
         from_network(torch.zeros(1, denoiser.net.config.channels, 1, 1), stats)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: no denoiser of this code ({str(error).splitlines()[0]})") from None
@@ -186,25 +186,26 @@ def load_denoiser(path, device, std=None):
     return denoiser.to(device).eval(), stats
 
 
-def load_decoder(denoiser, device, needed=True):
-    """A function from what `sample` yields to uint8 images: for latents the Stable Diffusion VAE, if diffusers is installed.
+def load_decoder(stats, device):
+    """A function from what `sample` yields to uint8 images: for latents, the Stable Diffusion VAE out of `diffusers`.
 
-    Without it, raises ValueError if that is `needed`, or else leaves latents as they are.
+    EDM2's zips hold latents of images scaled to 0..1, so that is what comes out. Raises ValueError if diffusers is not
+    installed or the VAE cannot be had.
     """
-    if denoiser.net.config.channels in (1, 3):
+    if not stats["latent"]:
         return lambda images: images
     try:
         from diffusers import AutoencoderKL                                 # the only use of a package beyond the five
+        vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse").to(device).eval()
     except ImportError:
-        if needed:
-            raise ValueError("the run draws latents: install diffusers to decode them, or let sample.py write them to a "
-                             "FILE.npz with --out") from None
-        return lambda latents: latents
-    vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse").to(device).eval()
+        raise ValueError("the run draws latents: install diffusers to decode them, or write them as they are with --out=FILE.npz") from None
+    except OSError as error:
+        raise ValueError(f"the run draws latents, and the VAE to decode them cannot be had ({str(error).splitlines()[0]})") from None
 
     @torch.no_grad()
     def decode(latents):
-        return ((vae.decode(latents.to(device)).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        images = torch.cat([vae.decode(part.to(device)).sample.cpu() for part in latents.split(8)])
+        return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
     return decode
 
@@ -368,9 +369,9 @@ def main():
             raise ValueError(f"{len(labels)} images are too few for {processes} processes")
         out = args.out or next(folder for folder in (run, *run.parents) if folder.is_dir() and folder.name not in ("ema", "posthoc")) / "grid.png"
         prepare_output(out)
-        decode = load_decoder(denoiser, device, needed=out.suffix != ".npz")
-        if args.gif and denoiser.net.config.channels not in (1, 3):
+        if stats["latent"] and args.gif:
             raise ValueError("--gif: cannot show latents")
+        decode = load_decoder(stats, device) if out.suffix != ".npz" else lambda made: made
     except ValueError as error:
         parser.error(str(error))
     seeds = range(args.seed, args.seed + len(labels))

@@ -100,8 +100,8 @@ def write_tar(path, files):
 
 def test_cifar_archives_come_back(tmp_path):
     images, labels = random_images(40, 32, 3), list(range(10)) * 4
-    binary = {f"cifar-10-batches-bin/data_batch_{b + 1}.bin": b"".join(
-        bytes([labels[i]]) + images[i].tobytes() for i in range(20 * b, 20 * b + 20)) for b in range(2)}
+    binary = {f"cifar-10-batches-bin/data_batch_{b + 1}.bin": b"".join(                     # the second one first
+        bytes([labels[i]]) + images[i].tobytes() for i in range(20 * b, 20 * b + 20)) for b in (1, 0)}
     check(load_dataset(write_tar(tmp_path / "binary.tar.gz", binary | {"cifar-10-batches-bin/test_batch.bin": b"x"})), images, labels, 10)
     for protocol in (0, 2, 4):                                              # the archive has 2
         python = {f"cifar-10-batches-py/data_batch_{b + 1}": pickle.dumps(
@@ -161,7 +161,7 @@ def test_edm2_zips_come_back(tmp_path, monkeypatch, streamed):
         entries[f"00000/img-mean-std-{i:08d}.npy"] = buffer.getvalue()
     dataset = load_dataset(write_zip(tmp_path / "c.zip", entries, [[name, label] for name, label in zip(entries, labels)]))
     assert dataset.latent and dataset.shape == (4, 4, 4) and dataset.labels.tolist() == labels
-    np.testing.assert_array_equal(dataset.raw(100)[epoch_order(12, 0, 0).argsort()] if streamed else dataset.images, latents)
+    np.testing.assert_array_equal(torch.cat(list(dataset.raw()))[epoch_order(12, 0, 0).argsort()] if streamed else dataset.images, latents)
     mean, std = latents[:, :4].astype(float), latents[:, 4:].astype(float)
     np.testing.assert_allclose(dataset.stats["mean"], mean.mean((0, 2, 3)), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(dataset.stats["std"], np.sqrt(mean.var((0, 2, 3)) + (std**2).mean((0, 2, 3))), rtol=1e-6)
@@ -173,6 +173,14 @@ def test_the_zip_index_reads_the_64_bit_directory(tmp_path):
             file.writestr(f"{i:08d}.txt", str(i))
     index = ZipIndex(tmp_path / "many.zip")
     assert len(index.names) == 70000 and index.read(69999) == b"69999" and index.read(12345) == b"12345"
+
+
+def test_the_zip_index_reads_offsets_beyond_4_gb(tmp_path):
+    with open(tmp_path / "far.zip", "wb") as file:                          # sparse: takes no room
+        file.seek(5 * 2**30)
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.txt", "far away")
+    assert ZipIndex(tmp_path / "far.zip").read(0) == b"far away"
 
 
 def test_folders_come_back_cropped_and_resized_if_asked(tmp_path):
@@ -199,6 +207,24 @@ def test_adm_npz_comes_back(tmp_path):
     check(load_dataset(str(tmp_path / "a.npz")), images, [0, 1, 2, 1, 0], 3)
     np.savez(tmp_path / "b.npz", images[:, 0])
     check(load_dataset(str(tmp_path / "b.npz")), images[:, :1], [0] * 5, 0)
+
+
+def test_labels_lie_beside_by_either_spelling(tmp_path):
+    images, labels = random_images(3, 4), [2, 0, 1]
+    with gzip.open(tmp_path / "t-images.idx3-ubyte.gz", "wb") as file:
+        file.write(struct.pack(">IIII", 2051, 3, 4, 4) + images.tobytes())
+    (tmp_path / "t-labels.idx1-ubyte").write_bytes(struct.pack(">II", 2049, 3) + bytes(labels))
+    check(load_dataset(str(tmp_path / "t-images.idx3-ubyte.gz")), images, labels, 3)
+
+
+def test_an_image_that_fails_while_streaming_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.IN_MEMORY", 0)
+    entries = {f"{i:04d}.png": png(image) for i, image in enumerate(random_images(30, 4))}
+    dataset = load_dataset(write_zip(tmp_path / "a.zip", entries | {"0015.png": b"no"}))
+    for workers in (0, 2):
+        with pytest.raises(ValueError, match=r"a.zip: entry '0015.png': does not decode") as caught:
+            list(dataset.feed([torch.arange(5), torch.arange(10, 20)], torch.device("cpu"), workers))
+        assert "\n" not in str(caught.value)
 
 
 def test_streamed_and_resident_sets_feed_the_same(tmp_path, monkeypatch):

@@ -301,8 +301,9 @@ def test_bad_input_is_one_line_that_names_it(images, monkeypatch, capsys):
             ((good, good, f"--features={folder / 'text.npz'}"), "text.npz: no TorchScript module"),
             (("nowhere", good, "--features=pixels"), "there is no 'nowhere'"),
             (("sweep", folder / "folder", "--std", "0.1", "--features=pixels"), "folder: has no config.toml"),
+            (("sweep", folder / "folder", "--std", "0.9", "--features=pixels"), "an EMA width must lie"),
             ((good, good, "--count=0"), "--count: must be at least 1"),
-            (("stats", good, "--features=pixels", f"--out={folder}/no/where.npz"), "No such file")):
+            (("stats", good, "--features=pixels", f"--out={folder}/no/where.npz"), "--out: there is no directory")):
         code, out, err = command(monkeypatch, capsys, *words)
         line = err.strip().splitlines()[-1]
         assert code == 2 and line.startswith("fid.py: error: ") and message in line, (words, err)

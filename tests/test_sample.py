@@ -114,7 +114,7 @@ def denoisers():
     return made
 
 
-STATS = {"mean": 100.0, "std": 60.0}
+STATS = {"mean": 100.0, "std": 60.0, "latent": False}
 
 
 def test_guidance_extrapolates_inside_its_interval_and_is_nothing_at_1(denoisers):
