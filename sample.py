@@ -176,7 +176,11 @@ def load_denoiser(path, device, std=None):
     snapshot = load_snapshot(path)
     check_fit(snapshot)
     try:
-        denoiser = Denoiser(DiTConfig(**snapshot["info"]["model"]))
+        config = DiTConfig(**snapshot["info"]["model"])
+        stored, tokens = sum(weight.numel() for weight in snapshot["weights"].values()), (config.image_size // config.patch) ** 2
+        if config.width * max(config.width * config.depth, config.num_classes, config.channels) > stored or tokens * config.width > 2**30:
+            raise ValueError("its configuration is of a larger network than its weights")
+        denoiser = Denoiser(config)
         denoiser.load_state_dict(snapshot["weights"])
         stats = {name: snapshot["info"]["data"][name] for name in ("mean", "std", "latent")}
         from_network(torch.zeros(1, denoiser.net.config.channels, 1, 1), stats)
