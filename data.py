@@ -65,7 +65,7 @@ class Dataset:
     def __getitems__(self, indices):
         """A whole batch, for the workers of `feed`; or, for what cannot be read, the message to end with."""
         try:
-            return torch.from_numpy(np.stack([self.read(i) for i in indices])), self.labels[indices]
+            return np.stack([self.read(i) for i in indices]), self.labels[indices].numpy()      # cheaper to send than tensors
         except ValueError as error:
             return str(error)
 
@@ -109,12 +109,13 @@ class Dataset:
                 yield images[indices], labels[indices]
         else:
             loader = torch.utils.data.DataLoader(self, batch_sampler=(indices.tolist() for indices in index_lists), num_workers=workers,
-                                                 collate_fn=lambda batch: batch, pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+                                                 collate_fn=lambda batch: batch, prefetch_factor=8 if workers else None,
                                                  multiprocessing_context="fork" if workers else None)
             for batch in loader:
                 if isinstance(batch, str):
                     raise ValueError(batch)
-                yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+                tensors = (torch.from_numpy(array) for array in batch)
+                yield tuple(tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device) for tensor in tensors)
 
 
 def to_network(images, stats):
@@ -294,7 +295,8 @@ def open_picture(file, where):
 def decode_picture(image, where, size=0, channels=0):
     """Pixels uint8 (C, S, S) of an image, cropped to its central square and resized if `size` says so."""
     try:
-        image = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+        if "exif" in image.info:
+            image = ImageOps.exif_transpose(image)
         mode = {1: "L", 3: "RGB"}[channels or (1 if image.mode in ("1", "L") else 3)]
         if image.mode != mode:
             image = image.convert(mode)
