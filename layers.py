@@ -63,9 +63,9 @@ def mp_sum(a, b, t):
 def mp_cat(a, b, t=0.5):
     """Concatenate along the last dimension so that b contributes a share t of the magnitude [EDM2, Eq. 103].
 
-    a: (..., Na), b: (..., Nb) -> (..., Na + Nb) with RMS 1 if a and b have RMS 1.
+    a: (..., Na), b: (..., Nb) -> (..., Na + Nb) with RMS 1 if a and b have RMS 1. t: a number, or a tensor that broadcasts.
     """
-    scale = math.sqrt((a.shape[-1] + b.shape[-1]) / ((1 - t) ** 2 + t**2))
+    scale = ((a.shape[-1] + b.shape[-1]) / ((1 - t) ** 2 + t**2)) ** 0.5
     return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[-1])), b * (scale * t / math.sqrt(b.shape[-1]))], dim=-1)
 
 

@@ -10,6 +10,8 @@ Legend: B batch, C channels, P patch, T tokens, D width, H heads.
 
 import math
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -67,6 +69,10 @@ class DiTConfig:
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout: {self.label_dropout} is not between 0 and 1")
 
+    def network(self):
+        """What this configures; the configuration of a variant returns its own."""
+        return DiT(self)
+
     def fit(self, image_size, channels, num_classes):
         """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""
         facts = {"image_size": image_size, "channels": channels, "num_classes": num_classes if self.num_classes else 0}
@@ -77,6 +83,14 @@ class DiTConfig:
             return replace(self, **facts)
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
+
+
+def config_class(variant=""):
+    """The class that configures the network, or that of variants/<variant>.py. Raises ValueError if there is none."""
+    names = sorted(path.stem for path in Path(__file__).with_name("variants").glob("*.py"))
+    if variant and variant not in names:
+        raise ValueError(f"variant: {variant!r} is not one of {', '.join(names)}")
+    return import_module(f"variants.{variant}").Config if variant else DiTConfig
 
 
 def position_embedding(width, grid):
@@ -228,12 +242,15 @@ FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock
 class DiT(nn.Module):
     """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes is null."""
 
-    def __init__(self, config):
+    rates = {}          # {parameter: factor on its learning rate}, where a variant wants another than 1
+    extra_loss = None   # extra_loss(teacher, images, generator) -> what a variant adds to the loss after each forward pass
+
+    def __init__(self, config, parts=None):
         super().__init__()
         if config.image_size < 1 or config.channels < 1 or config.num_classes < 0:
             raise ValueError("DiT needs image_size, channels and num_classes")
         self.config = config
-        Input, Block, Output = FAMILIES[config.block]
+        Input, Block, Output = parts or FAMILIES[config.block]
         self.input = Input(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.output = Output(config)
@@ -269,7 +286,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.net = DiT(config)
+        self.net = config.network()
         self.u_fourier = MPFourier(128)
         self.u_linear = MPLinear(128, 1)
 

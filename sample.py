@@ -23,7 +23,7 @@ from PIL import Image
 from data import from_network, make_grid, to_picture, to_uint8
 from ema import atomic_file, check_fit, find_snapshot, list_snapshots, load_snapshot
 from layers import mp_weights, normalize_weights
-from model import Denoiser, DiTConfig
+from model import Denoiser, config_class
 
 
 def noise_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -176,7 +176,7 @@ def load_denoiser(path, device, std=None):
     snapshot = load_snapshot(path)
     check_fit(snapshot)
     try:
-        config = DiTConfig(**snapshot["info"]["model"])
+        config = config_class(snapshot["info"].get("variant", ""))(**snapshot["info"]["model"])
         stored, tokens = sum(weight.numel() for weight in snapshot["weights"].values()), (config.image_size // config.patch) ** 2
         if config.width * max(config.width * config.depth, config.num_classes, config.channels) > stored or tokens * config.width > 2**30:
             raise ValueError("its configuration is of a larger network than its weights")

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from data import batch_indices, load_dataset, to_network
 from ema import PowerEMA, atomic_file, read_file, save_snapshot
 from layers import force_weight_normalization, normalize_weights, project_gradients
-from model import Denoiser, DiTConfig, edm2_loss, key, magnitudes
+from model import Denoiser, DiTConfig, config_class, edm2_loss, key, magnitudes
 from sample import choose_device, leave_processes, sample, save_images
 
 
@@ -39,6 +39,7 @@ class TrainConfig:
     """One experiment. Raises ValueError, in one line, for impossible values."""
 
     out: str = key("out/run", "run directory, where everything lands")
+    variant: str = key("", "an idea from variants/, by name (empty: none); its file lists the keys that it adds under [model]")
     dataset: str = key("digits", "what to train on: a name or a path, see data.py")
     flip: bool = key(False, "mirror half of the images, at random")
     workers: int = key(2, "processes that read images ahead, for datasets that do not fit in memory")
@@ -79,10 +80,10 @@ class TrainConfig:
                 raise ValueError(f"ema_stds: {std} is not between 0 and 0.289 with three decimals at most")
 
 
-def config_keys():
-    """Every key of the configuration by its dotted name: {name: dataclass field}."""
+def config_keys(model=DiTConfig):
+    """Every key of the configuration by its dotted name: {name: dataclass field}. model: the class of the network's part."""
     top = {field.name: field for field in dataclasses.fields(TrainConfig) if field.name != "model"}
-    return top | {f"model.{field.name}": field for field in dataclasses.fields(DiTConfig)}
+    return top | {f"model.{field.name}": field for field in dataclasses.fields(model)}
 
 
 def parse_text(text, kind):
@@ -111,7 +112,7 @@ def check_type(value, kind, where):
 
 def load_config(argv):
     """Defaults, then the TOML file of --config, then --key=value overrides. Raises ValueError, in one line."""
-    keys, values, origin, texts = config_keys(), {}, {}, {}
+    values, origin, texts = {}, {}, {}
     words = iter(argv)
     for word in words:
         name, equals, text = word.partition("=")
@@ -130,6 +131,8 @@ def load_config(argv):
         for name, value in table.items():
             values |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         origin = {name: f"{path}: {name}" for name in values}
+    model = config_class(texts.get("variant", values.get("variant", "")))
+    keys = config_keys(model)
     for name, text in texts.items():
         values[name], origin[name] = parse_text(text, keys[name].type if name in keys else str), f"--{name}"
     for name in values:
@@ -146,7 +149,7 @@ def load_config(argv):
             name, _, what = str(error).partition(": ")
             raise ValueError(f"{origin.get(prefix + name, prefix + name)}: {what}") from None
 
-    return build(TrainConfig, "", model=build(DiTConfig, "model."))
+    return build(TrainConfig, "", model=build(model, "model."))
 
 
 def flatten(config):
@@ -180,15 +183,18 @@ def learning_rate(step, config):
     return rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
-def draw_batch(config, dataset, images, labels, step, part, device):
-    """For rows `part` (a slice) of step's batch, given raw: clean images, labels after dropout, sigma and noise.
+def step_generator(config, step, device):
+    """The source of everything random in a step, a function of (seed, step). Only kinds of devices differ in what they draw."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0]))
 
-    Everything random is drawn for the whole batch from a generator seeded by (seed, step), so that it does not depend
-    on how the batch is split over processes and micro-batches. Only kinds of devices differ in what they draw.
+
+def draw_batch(config, dataset, images, labels, generator, part):
+    """For rows `part` (a slice) of a step's batch, given raw: clean images, labels after dropout, sigma and noise.
+
+    Everything random is drawn for the whole batch from step_generator()'s, so that it does not depend on how the batch is
+    split over processes and micro-batches.
     """
-    seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (config.batch, *dataset.shape)
+    device, shape = images.device, (config.batch, *dataset.shape)
     sigma = torch.randn(config.batch, generator=generator, device=device)[part].mul(config.p_std).add(config.p_mean).exp()
     drop = torch.rand(config.batch, generator=generator, device=device)[part] < config.model.label_dropout
     noise = torch.randn(shape, generator=generator, device=device)[part]
@@ -299,9 +305,9 @@ def restore(config, dataset, denoiser, ema, optimizer):
         try:
             denoiser.load_state_dict(state["weights"])
             ema.load_state_dict(state["ema"])
-            for name, before in optimizer.state_dict()["param_groups"][0].items():
-                if name != "lr" and state["optimizer"]["param_groups"][0].get(name) != before:
-                    raise ValueError(f"its optimizer has another {name}")
+            for group, saved in zip(optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True):
+                if other := [name for name in group if name != "lr" and saved.get(name) != group[name]]:
+                    raise ValueError(f"its optimizer has another {other[0]}")
             optimizer.load_state_dict(state["optimizer"])
             for parameter, moments in optimizer.state.items():
                 if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
@@ -393,7 +399,9 @@ def build(config, device):
     check_memory(config, device)
     torch.manual_seed(config.seed)
     denoiser = Denoiser(config.model).to(device)
-    return denoiser, PowerEMA(denoiser, config.ema_stds), torch.optim.Adam(denoiser.parameters(), betas=(0.9, 0.99), fused=True)
+    rates = denoiser.net.rates
+    groups = [{"params": [p for p in denoiser.parameters() if rates.get(p, 1.0) == rate], "rate": rate} for rate in {1.0, *rates.values()}]
+    return denoiser, PowerEMA(denoiser, config.ema_stds), torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
 
 def check_memory(config, device):
@@ -434,25 +442,30 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
                          for step in range(first, config.steps) for part in parts), device, config.workers)
     for step in range(first, config.steps):
         loss_step = torch.zeros((), device=device)
+        optimizer.zero_grad(set_to_none=True)
         for part in parts:
             try:
                 images, labels = next(feed)
             except ValueError as error:
                 raise Stop(str(error), alone=True) from None
-            batch = draw_batch(config, dataset, images, labels, step, part, device)
+            generator = step_generator(config, step, device)
+            batch = draw_batch(config, dataset, images, labels, generator, part)
             if processes > 1:                                               # sum gradients over processes only once
                 model.require_backward_grad_sync = part is parts[-1]
-            loss = edm2_loss(model, denoiser.uncertainty, *batch) / len(parts)
+            loss = edm2_loss(model, denoiser.uncertainty, *batch)
+            if denoiser.net.extra_loss:
+                loss = loss + denoiser.net.extra_loss(ema.averages[min(config.ema_stds)], batch[0], generator)
+            loss = loss / len(parts)
             loss.backward()
             loss_step += loss.detach()
         loss_sum += loss_step
         bad = torch.where(loss_step.isfinite(), 0, bad + 1)
         nonfinite += zero_nonfinite([p.grad for p in parameters])
-        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config) * group["rate"]
         project_gradients(weights)
         optimizer.step()
         normalize_weights(weights)
-        optimizer.zero_grad(set_to_none=True)
         ema.update(denoiser, step + 1)
 
         done, since = step + 1, since + 1
@@ -466,7 +479,9 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
             if rank == 0:
                 images, labels, sigma, noise = batch
                 rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
-                log(config, done, {"learning_rate": learning_rate(step, config), "loss": loss, **rms, "nonfinite": nonfinite.item()})
+                gradient_norm = torch.stack(torch._foreach_norm([p.grad for p in parameters])).norm().item()
+                log(config, done, {"learning_rate": learning_rate(step, config), "loss": loss, "gradient_norm": gradient_norm, **rms,
+                                   "nonfinite": nonfinite.item()})
                 show(config, done, loss, (done - shown) / (time.monotonic() - clock))
             loss_sum.zero_()
             nonfinite.zero_()
@@ -477,7 +492,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
                 raise Stop(f"the loss has not been finite for {diverged} steps, up to {done}; the last good state is of step {last_good}. "
                            "Try a lower learning rate from there")
             if not diverged and rank == 0 and due(config.snapshot_every):
-                info = {"model": dataclasses.asdict(config.model), "data": dataset.stats}
+                info = {"variant": config.variant, "model": dataclasses.asdict(config.model), "data": dataset.stats}
                 for std, average in ema.averages.items():
                     save_snapshot(Path(config.out) / "ema", average, done, std, info)
             if not diverged and (due(config.save_every) or stop):
