@@ -1,0 +1,191 @@
+"""The ablation ladder: from the plain adaLN DiT to the magnitude-preserving one in single steps [MaP-DiT].
+
+    python train.py --config=configs/ladder.toml --model.rung=E
+
+    A  plain: the adaLN-Zero DiT of model.py
+    B  + cosine attention: q, k and v at RMS 1 per head
+    C  + weight normalization: each row of a linear acts as a unit vector, without bias; gains of 0 stand in for weights of 0
+    D  + forced weight normalization: and stays there
+    E  + mp residual: branches join by mp_sum, t = 0.3, and a gate is 1 + g instead of g
+    F  + mp SiLU: in the MLP, where it was GELU, and in the conditioning
+    G  - LayerNorm
+    H  + mp position encoding: scaled to RMS 1 and joined by mp_sum, t = 0.5
+    I  + mp embedding: noise level and label at RMS 1, joined by mp_sum, t = 0.5: the magnitude-preserving DiT of model.py
+
+Source: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122. The steps are the paper's; what a step takes along with it (biases at
+C, gates at E, the second noise layer at I) is our choice. Conditioning scales, shifts and gates on all rungs. Read it beside
+model.py, whose two families are the ends of the ladder.
+
+Legend: B batch, C channels, P patch, T tokens, D width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from layers import MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, mp_silu, mp_sum, normalize
+from model import DiT, DiTConfig, PlainAttention, key, position_embedding
+
+RUNGS = list("ABCDEFGHI")
+
+
+@dataclass
+class Config(DiTConfig):
+    rung: str = key("I", "how far up the ladder, A (plain) to I (magnitude-preserving)")
+    modulation: tuple[str, ...] = key(("scale", "shift", "gate"), "scale, shift and gate, as on all rungs")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rung not in RUNGS:
+            raise ValueError(f"rung: {self.rung!r} is not one of {', '.join(RUNGS)}")
+        if self.modulation != ("scale", "shift", "gate"):
+            raise ValueError("modulation: must be scale, shift and gate, which is what adaLN has")
+
+    def network(self):
+        net = DiT(self, (Input, Block, Output))
+        if self.rung < "C":
+            init_plain(net)
+        if self.rung < "I":
+            nn.init.normal_(net.input.label.weight, std=0.02)
+        return net
+
+
+# ---- what rungs share with neither end ----
+
+class WeightNormLinear(nn.Module):
+    """MPLinear, except that nothing puts the stored rows back to RMS 1: as they grow, they turn more slowly."""
+
+    def __init__(self, fan_in, fan_out):
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(fan_out, fan_in), dim=1) * math.sqrt(fan_in))
+
+    def forward(self, x, gain=1.0):
+        return F.linear(x, F.normalize(self.weight, dim=1)) * gain
+
+
+def linear(rung):
+    """The class of linear layers of a rung."""
+    return nn.Linear if rung < "C" else WeightNormLinear if rung < "D" else MPLinear
+
+
+class ZeroModulation(nn.Module):
+    """adaLN-Zero as a module that is called like layers.Modulation. Rungs A to D; a gate is g, so that every branch starts at 0."""
+
+    def __init__(self, config, count):
+        super().__init__()
+        self.linear = linear(config.rung)(config.width, count * config.width)
+        self.gain = nn.Parameter(torch.zeros(count, 1)) if config.rung >= "C" else None
+
+    def forward(self, x, cond, branch):
+        values = self.linear(cond).unflatten(-1, (-1, 1, x.shape[-1]))      # (B, count, 1, D)
+        scale, shift, *gate = (values if self.gain is None else values * self.gain[:, None]).unbind(1)
+        x = branch(x * (1 + scale) + shift)
+        return gate[0] * x if gate else x
+
+
+class CosineAttention(PlainAttention):
+    """Multi-head attention with q, k and v at RMS 1, (B, T, D) -> (B, T, D). Rungs B and C."""
+
+    def __init__(self, config):
+        super().__init__(config.width, config.heads)
+        self.qkv = linear(config.rung)(config.width, 3 * config.width)
+        self.out = linear(config.rung)(config.width, config.width)
+
+    def forward(self, x):
+        q, k, v = normalize(self.qkv(x).unflatten(-1, (3, self.heads, -1))).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class GELUMLP(nn.Module):
+    """(..., D) -> (..., D), times `gain` where the linear knows one. Rungs A to E."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = linear(config.rung)(config.width, 4 * config.width)
+        self.down = linear(config.rung)(4 * config.width, config.width)
+
+    def forward(self, x, *gain):
+        return self.down(F.gelu(self.up(x), approximate="tanh"), *gain)
+
+
+# ---- the parts of the network ----
+
+class Input(nn.Module):
+    """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.rung, Linear = config.width, config.rung, linear(config.rung)
+        self.patch = Linear(config.channels * config.patch**2 + (self.rung >= "C"), D)
+        self.fourier = MPFourier(D)
+        self.silu = mp_silu if self.rung >= "F" else F.silu
+        if self.rung >= "I":
+            self.noise, self.label = MPLinear(D, D), MPEmbedding(config.num_classes + 1, D)
+        else:
+            self.noise = nn.ModuleList([Linear(D, D), Linear(D, D)])
+            self.label = nn.Embedding(config.num_classes + 1, D)
+        position = position_embedding(D, config.image_size // config.patch)
+        self.register_buffer("position", normalize(position) if self.rung >= "H" else position, persistent=False)
+
+    def forward(self, patches, c_noise, labels):
+        if self.rung >= "C":                                                # a constant instead of a bias
+            patches = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1)
+        x = self.patch(patches)
+        x = mp_sum(x, self.position, t=0.5) if self.rung >= "H" else x + self.position
+        noise, label = self.fourier(c_noise), self.label(labels)
+        if self.rung >= "I":
+            return x, self.silu(mp_sum(self.noise(noise), label, t=0.5))
+        return x, self.silu(self.noise[1](self.silu(self.noise[0](noise))) + label)
+
+
+class Block(nn.Module):
+    """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, heads, self.rung = config.width, config.heads, config.rung
+        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if self.rung < "G" else nn.Identity()
+        self.attention = PlainAttention(D, heads) if self.rung < "B" else CosineAttention(config) if self.rung < "D" else MPAttention(D, heads)
+        self.mlp = GELUMLP(config) if self.rung < "F" else MPMLP(D, 4 * D)
+        self.modulate1 = ZeroModulation(config, 3) if self.rung < "E" else Modulation(D, config.modulation)
+        self.modulate2 = ZeroModulation(config, 3) if self.rung < "E" else Modulation(D, config.modulation)
+
+    def forward(self, x, cond):
+        x = self.join(x, self.modulate1(self.norm(x), cond, self.attention))
+        x = self.join(x, self.modulate2(self.norm(x), cond, self.mlp))
+        return x
+
+    def join(self, x, branch):
+        return mp_sum(x, branch, t=0.3) if self.rung >= "E" else x + branch
+
+
+class Output(nn.Module):
+    """Tokens (B, T, D), conditioning (B, D) -> patches (B, T, C·P²), zero at initialisation."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, rung = config.width, config.rung
+        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if rung < "G" else nn.Identity()
+        self.modulate = ZeroModulation(config, 2) if rung < "E" else Modulation(D, ("scale", "shift"))
+        self.linear = linear(rung)(D, config.channels * config.patch**2)
+        self.gain = nn.Parameter(torch.zeros(())) if rung >= "C" else None
+
+    def forward(self, x, cond):
+        gain = [] if self.gain is None else [self.gain]
+        return self.modulate(self.norm(x), cond, lambda x: self.linear(x, *gain))
+
+
+def init_plain(net):
+    """DiT's initialisation, as in model.py, for rungs A and B."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for layer in net.input.noise:
+        nn.init.normal_(layer.weight, std=0.02)
+    for layer in (net.output.linear, *(module.linear for module in net.modules() if isinstance(module, ZeroModulation))):
+        nn.init.zeros_(layer.weight)
