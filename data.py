@@ -15,9 +15,11 @@ import mmap
 import os
 import pickletools
 import re
+import signal
 import struct
 import sys
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -110,12 +112,26 @@ class Dataset:
         else:
             loader = torch.utils.data.DataLoader(self, batch_sampler=(indices.tolist() for indices in index_lists), num_workers=workers,
                                                  collate_fn=lambda batch: batch, prefetch_factor=8 if workers else None,
-                                                 multiprocessing_context="fork" if workers else None)
+                                                 worker_init_fn=follow_parent, multiprocessing_context="fork" if workers else None)
             for batch in loader:
                 if isinstance(batch, str):
                     raise ValueError(batch)
                 tensors = (torch.from_numpy(array) for array in batch)
                 yield tuple(tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device) for tensor in tensors)
+
+
+def follow_parent(worker):
+    """In a worker process: leave signals to the parent, which may want to finish its step, and end when it is gone, however it went."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def to_network(images, stats):

@@ -116,10 +116,10 @@ def atomic_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except RuntimeError as error:                                           # torch.save's word for a full disk
+    except RuntimeError as error:                                           # torch.save's word for what it could not write
         if "inline_container" not in str(error):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        raise OSError(errno.ENOSPC, "it could not be written whole; is the disk full?") from None
     finally:
         beside.unlink(missing_ok=True)
 

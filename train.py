@@ -17,6 +17,7 @@ import sys
 import time
 import tomllib
 import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from data import batch_indices, load_dataset, to_network
-from ema import PowerEMA, atomic_file, read_file, save_snapshot
+from ema import PowerEMA, atomic_file, list_snapshots, read_file, save_snapshot
 from layers import force_weight_normalization, normalize_weights, project_gradients
 from model import Denoiser, DiTConfig, config_class, edm2_loss, key, magnitudes
 from sample import choose_device, leave_processes, sample, save_images
@@ -232,6 +233,8 @@ def log(config, done, values):
     values = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
     with open(Path(config.out) / "log.jsonl", "a") as file:
         file.write(json.dumps({"step": done, "images": done * config.batch} | values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())                                             # a state must not outlive the log before it
 
 
 def show(config, done, loss, rate):
@@ -253,7 +256,7 @@ def lock_run(config):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                # not flock, which workers would inherit and hold
         except BlockingIOError:
             lock.seek(0)
             raise ValueError(f"out: {out} is in use by {lock.read().strip() or 'another training'}; choose another out") from None
@@ -279,28 +282,29 @@ def check_config(path, theirs, config):
 
 
 def restore(config, dataset, denoiser, ema, optimizer):
-    """Take up the newest good state of the run: {"step": 0} if there is none, or else what write_state() saved beside.
+    """Take up the newest good state of the run: step 0 if there is none, or else the progress that write_state() saved.
 
-    A state that does not load is named and skipped for the one before it. Raises ValueError if all are bad, or if this
-    configuration cannot go on from the good one.
+    A state that does not load is skipped for the one before it, and reported in "warnings". Raises ValueError if all are
+    bad, or if this configuration cannot go on from the good one.
     """
-    out, bad = Path(config.out), []
+    out, bad = Path(config.out), {}
     for path in (out / "state.pt", out / "state-previous.pt"):
         if not path.exists():
             continue
         try:
             state = read_file(path)
-            progress, theirs = state["progress"], state["config"]
-            if not all(isinstance(progress[name], int) and progress[name] >= 0 for name in ("step", "since", "nonfinite")) \
+            progress, theirs, data = state["progress"], state["config"], state["data"]
+            json.dumps([progress, theirs, data])                            # raises TypeError for what is no plain value
+            if not all(type(progress[name]) is int and 0 <= progress[name] < 2**62 for name in ("step", "since", "nonfinite")) \
                     or not isinstance(progress["loss_sum"], float) or not isinstance(theirs, dict):
                 raise TypeError("its progress is no progress")
-        except (ValueError, KeyError, TypeError) as error:
-            bad.append(str(error) if isinstance(error, ValueError) else f"{path}: not a state of a run")
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            bad[path] = str(error) if isinstance(error, ValueError) else f"{path}: not a state of a run"
             continue
         check_config(path, theirs, config)
-        if state.get("data") != dataset.stats:
-            raise ValueError(f"{path}: was trained on data of {state.get('data')}, not {dataset.stats}; choose another out")
-        if progress["step"] >= config.steps:
+        if data != dataset.stats:
+            raise ValueError(f"{path}: was trained on data of {data}, not {dataset.stats}; choose another out")
+        if progress["step"] > config.steps:
             raise ValueError(f"{path}: already trained for {progress['step']} steps; ask for more or choose another out")
         try:
             denoiser.load_state_dict(state["weights"])
@@ -309,32 +313,44 @@ def restore(config, dataset, denoiser, ema, optimizer):
                 if other := [name for name in group if name != "lr" and saved.get(name) != group[name]]:
                     raise ValueError(f"its optimizer has another {other[0]}")
             optimizer.load_state_dict(state["optimizer"])
-            for parameter, moments in optimizer.state.items():
-                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            for parameter in denoiser.parameters():
+                if any(optimizer.state[parameter][name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                     raise ValueError("its optimizer is of another network")
+                if not parameter.isfinite().all():
+                    raise ValueError("its weights are not finite")
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError) as error:
-            bad.append(f"{path}: does not fit this run ({str(error).splitlines()[0]})")
+            bad[path] = f"{path}: does not fit this run ({str(error).splitlines()[0]})"
             continue
-        for message in bad:
-            print(f"warning: {message}; going on from {path.name}, step {progress['step']}", file=sys.stderr)
         ours = flatten(config)
-        return progress | {"changed": {name: [theirs.get(name), ours[name]] for name in sorted(FREE - {"out"}) if theirs.get(name) != ours[name]}}
+        changed = {name: [theirs.get(name), ours[name]] for name in sorted(FREE - {"out"}) if theirs.get(name) != ours[name]}
+        return progress | {"changed": changed, "bad": {bad_path: f"{message}; going on from {path.name}, step {progress['step']}"
+                                                       for bad_path, message in bad.items()}}
     if bad:
-        raise ValueError(f"{'; '.join(bad)}; to start anew, choose another out or remove it")
-    return {"step": 0, "since": 0, "nonfinite": 0, "loss_sum": 0.0, "changed": {}}
+        raise ValueError(f"{'; '.join(bad.values())}; to start anew, choose another out or remove it")
+    last = max((step for step, _, _ in list_snapshots(out / "ema")), default=0)
+    if last > config.save_every:                                            # more than a run killed before its first state leaves
+        raise ValueError(f"out: {out} has snapshots up to step {last}, but no state to go on from; choose another out or remove it")
+    return {"step": 0, "since": 0, "nonfinite": 0, "loss_sum": 0.0, "changed": {}, "bad": {}}
 
 
 def prepare_run(config, progress):
     """Write config.toml, and cut the log and the snapshots back to where the state stands. Raises ValueError."""
     out, step = Path(config.out), progress["step"]
     try:
-        for path in out.rglob("*.writing"):                                 # of a process that was killed
-            path.unlink()
+        for path, message in progress["bad"].items():                       # else the next save would keep it for the good one
+            print(f"warning: {message}", file=sys.stderr)
+            os.replace(path, path.with_name("state-damaged.pt"))
+        for path in (*out.glob("*.writing"), *out.glob("ema/*.writing"), *out.glob("samples/*.writing")):
+            path.unlink()                                                   # of a process that was killed
         save_config(config, out / "config.toml")
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if (out / "log.jsonl").exists() else []
+        lines = []
+        if (out / "log.jsonl").exists():
+            for line in (out / "log.jsonl").read_text(errors="replace").splitlines():
+                with suppress(json.JSONDecodeError):                        # one that was being written when the power went
+                    lines.append(json.loads(line))
+        lines = [line for line in lines if line["step"] < step or (line["step"] == step and "changed" not in line)]
         with atomic_file(out / "log.jsonl") as file:
-            file.write("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
-                               and not (json.loads(line)["step"] == step and "changed" in json.loads(line))).encode())
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         for path in (*out.glob("ema/*.pt"), *out.glob("ema/posthoc/*.pt")):
             if int(path.name.split("-")[0]) > step:
                 path.unlink()
@@ -486,24 +502,25 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
             loss_sum.zero_()
             nonfinite.zero_()
             since, shown, clock = 0, done, time.monotonic()
-        if due(config.log_every) or due(config.save_every) or due(config.snapshot_every) or stop:
+        if due(config.log_every) or due(config.save_every) or due(config.snapshot_every) or due(config.sample_every) or stop:
             diverged = int(over_processes(bad.item(), dist.ReduceOp.MAX))
-            if diverged >= config.give_up_after:
+            if diverged >= config.give_up_after or (diverged and done == config.steps):
                 raise Stop(f"the loss has not been finite for {diverged} steps, up to {done}; the last good state is of step {last_good}. "
                            "Try a lower learning rate from there")
             if not diverged and rank == 0 and due(config.snapshot_every):
                 info = {"variant": config.variant, "model": dataclasses.asdict(config.model), "data": dataset.stats}
                 for std, average in ema.averages.items():
                     save_snapshot(Path(config.out) / "ema", average, done, std, info)
+            if not diverged and rank == 0 and due(config.sample_every):
+                write_samples(config, dataset, ema, done)
             if not diverged and (due(config.save_every) or stop):
                 last_good = done
                 progress = {"step": done, "since": since, "nonfinite": nonfinite.item(), "loss_sum": over_processes(loss_sum.item()) / processes}
                 if rank == 0:
                     write_state(config, dataset, denoiser, ema, optimizer, progress)
-        if rank == 0 and due(config.sample_every):
-            write_samples(config, dataset, ema, done)
         if stop and done < config.steps:
-            raise Stop(f"{signal.Signals(stop).name}: stopped after step {done}, saved; the same command goes on", 128 + stop)
+            saved = "saved" if last_good == done else f"the last good state is of step {last_good}"
+            raise Stop(f"{signal.Signals(stop).name}: stopped after step {done}, {saved}; the same command goes on", 128 + stop)
 
 
 def main():
@@ -513,7 +530,9 @@ def main():
     signals = Signals()
 
     def fail(error, code, alone=False):
-        if rank == 0 or alone:
+        if rank and code == 2:
+            time.sleep(2)                                                   # usually the first process says the same, and ends this one
+        if rank == 0 or alone or (code == 2 and not signals.seen):
             print(("\n" if sys.stdout.isatty() and code != 2 else "") + f"train.py: {error}", file=sys.stderr, flush=True)
         if alone and processes > 1:
             os._exit(code)                                                  # an orderly end would wait for the others
@@ -547,12 +566,17 @@ def main():
     try:
         train(config, dataset, device, *state, progress, signals, rank, processes)
         if rank == 0:
+            if progress["step"] == config.steps:
+                print(f"already trained for {config.steps} steps; ask for more, or choose another out")
             print(samples_path(config, dataset, config.steps))
     except Stop as stop:
         fail(stop, stop.code, stop.alone)
     except OSError as error:
-        fail(f"cannot write to {config.out} ({error.strerror}); what was saved before is intact, and the same command goes on from it", 1, True)
+        where = "the terminal" if isinstance(error, BrokenPipeError) else config.out
+        fail(f"cannot write to {where} ({error.strerror}); what was saved before is intact, and the same command goes on from it", 1, True)
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            fail(f"{str(error).splitlines()[0]} the same command goes on from the last saved state", 1, True)
         if processes == 1 or not any(word in str(error) for word in ("onnection", "peer", "NCCL", "gloo")):
             raise
         fail("another process died or lost its connection; the same command goes on from the last saved state", 1, True)

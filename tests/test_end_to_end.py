@@ -215,7 +215,7 @@ MISTAKES = [
     (["ema.py", "RUN", "--std", "0.1", "--step=15"], "ema.py: error: RUN/ema: no snapshot at step 15; the nearest is at"),
     (["train.py", *TINY, "--out=RUN", "--seed=1"], "train.py: RUN/state.pt: was trained with seed = 0, not 1"),
     (["train.py", *TINY, "--out=RUN", "--model.patch=4"], "train.py: RUN/state.pt: was trained with model.patch = 2, not 4"),
-    (["train.py", *TINY, "--out=RUN", "--steps=20"], "train.py: RUN/state.pt: already trained for 20 steps"),
+    (["train.py", *TINY, "--out=RUN", "--steps=19"], "train.py: RUN/state.pt: already trained for 20 steps"),
     (["sample.py", "RUN", "--out=LICENSE/a.png"], "sample.py: error: --out: cannot write to LICENSE"),
     (["sample.py", "RUN", "--seed=4294967290"], "sample.py: error: --seed: must leave"),
 ]
