@@ -476,26 +476,34 @@ def dataset_of(run):
         raise ValueError(f"{run}: has no config.toml that names its dataset; name one with --reference") from None
 
 
-def save_plot(xs, ys, labels, path):
-    """Draw ys over xs as a line with its points, as a PNG."""
+COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce")
+
+
+def save_plot(xs, curves, labels, path):
+    """Draw curves over xs as lines with their points, as a PNG. curves: up to four {name: ys}, each named where it ends,
+    a single one with its values at its points. labels: of the two axes."""
     width, height, margin = 480, 320, 56
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
+    lowest, highest = (choice(0, *(choice(ys) for ys in curves.values())) for choice in (min, max))
 
     def at(x, y):
         across = (x - min(xs)) / ((max(xs) - min(xs)) or 1)
-        up = y / (max(ys) * 1.1 or 1)
+        up = (y - lowest) / ((highest - lowest) * 1.1 or 1)
         return margin + across * (width - 2 * margin), height - margin - up * (height - 2 * margin)
 
     bottom = height - margin
     draw.line([(margin, margin), (margin, bottom), (width - margin, bottom)], fill="black")
-    for x, y in zip(xs, ys):
-        draw.text((at(x, y)[0], bottom + 8), f"{x:g}", fill="black", anchor="mt")
-        draw.text((at(x, y)[0], at(x, y)[1] - 8), f"{y:.3g}", fill="#1f5fa8", anchor="mb")
-    draw.line([at(x, y) for x, y in zip(xs, ys)], fill="#1f5fa8", width=2)
-    for x, y in zip(xs, ys):
-        px, py = at(x, y)
-        draw.ellipse([px - 3, py - 3, px + 3, py + 3], fill="#1f5fa8")
+    for x in xs:
+        draw.text((at(x, lowest)[0], bottom + 8), f"{x:g}", fill="black", anchor="mt")
+    for colour, (name, ys) in zip(COLOURS, curves.items()):
+        points = [at(x, y) for x, y in zip(xs, ys)]
+        draw.line(points, fill=colour, width=2)
+        for (px, py), y in zip(points, ys):
+            draw.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colour)
+            if len(curves) == 1:
+                draw.text((px, py - 8), f"{y:.3g}", fill=colour, anchor="mb")
+        draw.text((points[-1][0], points[-1][1] - 6), name, fill=colour, anchor="rb")
     draw.text((width / 2, height - 16), labels[0], fill="black", anchor="mm")
     draw.text((margin, margin - 16), labels[1], fill="black", anchor="lm")
     save_picture(torch.from_numpy(np.array(picture)).permute(2, 0, 1), path)
@@ -580,7 +588,8 @@ def main():
             print(f"best: EMA width {args.std[np.argmin(distances)]:.3f}")
             if rank == 0:
                 ranked = sorted(zip(args.std, distances))
-                save_plot(*zip(*ranked), ("EMA width", f"Frechet distance to {reference}, features: {args.features}"), args.out)
+                xs, ys = zip(*ranked)
+                save_plot(xs, {"": ys}, ("EMA width", f"Frechet distance to {reference}, features: {args.features}"), args.out)
             print(args.out)
     except ValueError as error:
         parser.error(str(error))

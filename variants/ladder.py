@@ -77,11 +77,11 @@ class ZeroModulation(nn.Module):
     def __init__(self, config, count):
         super().__init__()
         self.linear = linear(config.rung)(config.width, count * config.width)
-        self.gain = nn.Parameter(torch.zeros(count, 1)) if config.rung >= "C" else None
+        self.gain = nn.Parameter(torch.zeros(count)) if config.rung >= "C" else None
 
     def forward(self, x, cond, branch):
         values = self.linear(cond).unflatten(-1, (-1, 1, x.shape[-1]))      # (B, count, 1, D)
-        scale, shift, *gate = (values if self.gain is None else values * self.gain[:, None]).unbind(1)
+        scale, shift, *gate = (values if self.gain is None else values * self.gain[:, None, None]).unbind(1)
         x = branch(x * (1 + scale) + shift)
         return gate[0] * x if gate else x
 

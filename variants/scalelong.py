@@ -1,0 +1,124 @@
+"""Long skips, as in U-ViT, and ScaleLong's ways to scale them.
+
+    python train.py --config=configs/scalelong.toml --model.skip_scaling=learned
+    python -m variants.scalelong RUN ...         # how much block outputs and gradients of finished runs varied over training
+
+Block i of the first half also feeds block depth-1-i of the second half: x = Linear(cat[x, s·skip]), with s
+
+    none        1, U-ViT's own
+    sqrt        1/sqrt(2)
+    constant    kappa^i, i = 0 for the outermost skip, the first block's
+    learned     one factor per token, sigmoid of a small network on the tokens' means over channels, shared by all skips or not
+
+In the magnitude-preserving network x and skip enter in the same ratio 1 : s by mp_cat with t = s/(1+s), followed by an
+MPLinear: whatever s, the magnitude stays 1, where the paper's own version lets it follow s. What is joined, and what the
+blocks of the first half pass on, is normalised, as EDM2 does in its encoder, so that deviations do not add up over joins.
+
+Sources: [U-ViT] Bao et al. 2023, arXiv 2209.12152; [ScaleLong] Huang et al. 2023, arXiv 2310.13545.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from layers import MPLinear, mp_cat, normalize
+from model import DiT, DiTConfig, key
+
+SCALINGS = ("none", "sqrt", "constant", "learned")
+
+
+@dataclass
+class Config(DiTConfig):
+    skip_scaling: str = key("constant", "factor on the long skips: none, sqrt, constant or learned")
+    kappa: float = key(0.7, "with constant: from each skip to the next inner one")
+    skip_shared: bool = key(True, "with learned: one network for all skips, instead of one each")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.skip_scaling not in SCALINGS:
+            raise ValueError(f"skip_scaling: {self.skip_scaling!r} is not one of {', '.join(SCALINGS)}")
+        if not 0 < self.kappa <= 1:
+            raise ValueError(f"kappa: {self.kappa} is not between 0 and 1")
+        if self.depth < 2:
+            raise ValueError(f"depth: {self.depth} is too little for a skip")
+
+    def network(self):
+        return LongSkipDiT(self)
+
+
+class LearnedScale(nn.Module):
+    """One factor per token, (B, T, D) -> (B, T, 1), between 0 and 1 [ScaleLong, LS]."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        hidden = max(tokens // 16, 1)
+        self.net = nn.Sequential(nn.Linear(tokens, hidden), nn.ReLU(), nn.Linear(hidden, tokens), nn.Sigmoid())
+
+    def forward(self, x):
+        return self.net(x.mean(-1))[..., None]
+
+
+class LongSkipDiT(DiT):
+    """The network of model.py with long skips across its middle."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        D, skips = config.width, config.depth // 2
+        self.joins = nn.ModuleList(MPLinear(2 * D, D) if config.block == "mp" else nn.Linear(2 * D, D) for _ in range(skips))
+        if config.block == "plain":
+            for join in self.joins:
+                nn.init.xavier_uniform_(join.weight)
+                nn.init.zeros_(join.bias)
+        if config.skip_scaling == "learned":
+            tokens = (config.image_size // config.patch) ** 2
+            self.scales = nn.ModuleList(LearnedScale(tokens) for _ in range(1 if config.skip_shared else skips))
+
+    def scale(self, i, skip):
+        """The factor on skip i, a number or (B, T, 1)."""
+        if self.config.skip_scaling == "learned":
+            return self.scales[i % len(self.scales)](skip)
+        return {"none": 1.0, "sqrt": 0.5**0.5, "constant": self.config.kappa**i}[self.config.skip_scaling]
+
+    def join(self, i, x, skip):
+        s = self.scale(i, skip)
+        both = mp_cat(normalize(x), skip, s / (1 + s)) if self.config.block == "mp" else torch.cat([x, s * skip], dim=-1)
+        return self.joins[i](both)
+
+    def middle(self, x, cond):
+        skips = []
+        for i, block in enumerate(self.blocks):
+            partner = len(self.blocks) - 1 - i
+            if partner < i:                                                 # in the second half
+                x = self.join(partner, x, skips[partner])
+            x = block(x, cond)
+            if self.config.block == "mp" and i < len(self.joins):
+                x = normalize(x)
+            skips.append(x)
+        return x
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories; train them with a small log_every")
+    parser.add_argument("--after", type=int, default=50, help="leave out the first steps (default: 50)")
+    args = parser.parse_args()
+    names = {"token_rms_first": "first", "token_rms_middle": "middle", "token_rms_last": "last", "gradient_norm": "gradient"}
+    print("standard deviations over training of token RMS after three blocks and of the gradient's norm; mean of the last losses")
+    print(" " * 30 + "".join(f"{short:>10}" for short in (*names.values(), "loss")), flush=True)
+    for run in args.runs:
+        try:
+            lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            lines = [line for line in lines if "loss" in line and line["step"] > args.after]
+            deviations = [np.std([line[name] for line in lines]) for name in names]
+        except (OSError, ValueError, KeyError, TypeError):
+            parser.error(f"{run}: no log of a run in which everything stayed finite")
+        print(f"{run.name:30}" + "".join(f"{value:10.4f}" for value in deviations) + f"{np.mean([line['loss'] for line in lines[-10:]]):10.4f}")
+
+
+if __name__ == "__main__":
+    main()
