@@ -8,10 +8,9 @@ under the other so that they can be compared line by line.
 Legend: B batch, C channels, P patch, T tokens, D width, H heads.
 """
 
+import importlib.util
 import math
 from dataclasses import dataclass, field, replace
-from importlib import import_module
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -86,11 +85,10 @@ class DiTConfig:
 
 
 def config_class(variant=""):
-    """The class that configures the network, or that of variants/<variant>.py. Raises ValueError if there is none."""
-    names = sorted(path.stem for path in Path(__file__).with_name("variants").glob("*.py"))
-    if variant and variant not in names:
-        raise ValueError(f"variant: {variant!r} is not one of {', '.join(names)}")
-    return import_module(f"variants.{variant}").Config if variant else DiTConfig
+    """The class that configures the network: DiTConfig, or Config of variants/<variant>.py. Raises ValueError if there is none."""
+    if variant and not (str(variant).isidentifier() and importlib.util.find_spec(f"variants.{variant}")):
+        raise ValueError(f"variant: there is no variants/{variant}.py")
+    return importlib.import_module(f"variants.{variant}").Config if variant else DiTConfig
 
 
 def position_embedding(width, grid):
@@ -240,10 +238,12 @@ FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock
 
 
 class DiT(nn.Module):
-    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes is null."""
+    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes is null.
+
+    parts: the classes of input, block and output, if they are not those of the configured family.
+    """
 
     rates = {}          # {parameter: factor on its learning rate}, where a variant wants another than 1
-    extra_loss = None   # extra_loss(teacher, images, generator) -> what a variant adds to the loss after each forward pass
 
     def __init__(self, config, parts=None):
         super().__init__()
@@ -262,6 +262,10 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, cond)
         return x
+
+    def extra_loss(self, teacher, images, generator):
+        """What a variant adds to the loss of the forward pass just made. teacher: an average of the denoiser; images: the clean ones."""
+        return 0.0
 
     def forward(self, x, c_noise, labels):
         P = self.config.patch

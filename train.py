@@ -132,8 +132,7 @@ def load_config(argv):
         for name, value in table.items():
             values |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         origin = {name: f"{path}: {name}" for name in values}
-    model = config_class(texts.get("variant", values.get("variant", "")))
-    keys = config_keys(model)
+    keys = config_keys(model := config_class(texts.get("variant", values.get("variant", ""))))
     for name, text in texts.items():
         values[name], origin[name] = parse_text(text, keys[name].type if name in keys else str), f"--{name}"
     for name in values:
@@ -284,7 +283,7 @@ def check_config(path, theirs, config):
 def restore(config, dataset, denoiser, ema, optimizer):
     """Take up the newest good state of the run: step 0 if there is none, or else the progress that write_state() saved.
 
-    A state that does not load is skipped for the one before it, and reported in "warnings". Raises ValueError if all are
+    A state that does not load is skipped for the one before it, and why is said in "bad". Raises ValueError if all are
     bad, or if this configuration cannot go on from the good one.
     """
     out, bad = Path(config.out), {}
@@ -469,9 +468,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
             if processes > 1:                                               # sum gradients over processes only once
                 model.require_backward_grad_sync = part is parts[-1]
             loss = edm2_loss(model, denoiser.uncertainty, *batch)
-            if denoiser.net.extra_loss:
-                loss = loss + denoiser.net.extra_loss(ema.averages[min(config.ema_stds)], batch[0], generator)
-            loss = loss / len(parts)
+            loss = (loss + denoiser.net.extra_loss(ema.averages[min(config.ema_stds)], batch[0], generator)) / len(parts)
             loss.backward()
             loss_step += loss.detach()
         loss_sum += loss_step

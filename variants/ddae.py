@@ -34,14 +34,14 @@ from sample import choose_device, load_denoiser, newest_run
 @dataclass
 class Config(DiTConfig):
     self_conditioning: bool = key(True, "later blocks are told what the middle one knows")
-    bottleneck: int = key(0, "the block after which to ask, counted from 1 (0: the middle, depth // 2)")
+    bottleneck: int = key(0, "the block after which to ask, from 1 to depth - 1 (0: the middle, depth // 2)")
     contrast: float = key(0.0, "weight of the contrastive loss (0: none)")
 
     def __post_init__(self):
         super().__post_init__()
-        self.bottleneck = self.bottleneck or max(self.depth // 2, 1)
-        if not 1 <= self.bottleneck <= self.depth:
-            raise ValueError(f"bottleneck: {self.bottleneck} is not one of the {self.depth} blocks")
+        self.bottleneck = self.bottleneck or self.depth // 2
+        if not 1 <= self.bottleneck < self.depth:
+            raise ValueError(f"bottleneck: {self.bottleneck} does not leave a block before and one after, of {self.depth}")
         if not 0 <= self.contrast < float("inf"):
             raise ValueError(f"contrast: {self.contrast} is not a weight")
 
@@ -76,12 +76,10 @@ class SelfConditionedDiT(DiT):
                     cond = mp_sum(cond, told, t=0.3) if self.config.block == "mp" else cond + told
         return x
 
-    @property
-    def extra_loss(self):
-        return self.contrastive_loss if self.config.contrast else None
-
-    def contrastive_loss(self, teacher, images, generator):
+    def extra_loss(self, teacher, images, generator):
         """InfoNCE between the student's latest s and the teacher's for another view of the same images (B, C, S, S)."""
+        if not self.config.contrast:
+            return 0.0
         ours = F.normalize(self.projector(self.summary).float(), dim=1)
         with torch.no_grad():
             noise = torch.randn(images.shape, generator=generator, device=images.device)
