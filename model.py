@@ -263,8 +263,9 @@ class DiT(nn.Module):
             x = block(x, cond)
         return x
 
-    def extra_loss(self, teacher, images, generator):
-        """What a variant adds to the loss of the forward pass just made. teacher: an average of the denoiser; images: the clean ones."""
+    def extra_loss(self, teacher, images, seed):
+        """What a variant adds to the loss of the forward pass just made, for clean `images`. teacher: an average of the denoiser;
+        seed: a tuple of integers, different for each step and micro-batch."""
         return 0.0
 
     def forward(self, x, c_noise, labels):

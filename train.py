@@ -40,7 +40,7 @@ class TrainConfig:
     """One experiment. Raises ValueError, in one line, for impossible values."""
 
     out: str = key("out/run", "run directory, where everything lands")
-    variant: str = key("", "an idea from variants/, by name (empty: none); its file lists the keys that it adds under [model]")
+    variant: str = key("", "an idea from variants/, by name (empty: none); --help --variant=NAME lists its own keys too")
     dataset: str = key("digits", "what to train on: a name or a path, see data.py")
     flip: bool = key(False, "mirror half of the images, at random")
     workers: int = key(2, "processes that read images ahead, for datasets that do not fit in memory")
@@ -166,9 +166,10 @@ def save_config(config, path):
         file.write(("\n".join(lines) + "\n").encode())
 
 
-def print_help():
+def print_help(argv):
     print(__doc__ + "\n  --config=FILE\n        a TOML file of the keys below, those with model. under [model]")
-    for name, field in config_keys().items():
+    variant = next((word.removeprefix("--variant=") for word in argv if word.startswith("--variant=")), "")
+    for name, field in config_keys(config_class(variant)).items():
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
         print(f"  --{name}={default.lower() if field.type is bool else default}\n        {field.metadata['doc']}")
 
@@ -183,18 +184,15 @@ def learning_rate(step, config):
     return rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
-def step_generator(config, step, device):
-    """The source of everything random in a step, a function of (seed, step). Only kinds of devices differ in what they draw."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0]))
+def draw_batch(config, dataset, images, labels, step, part, device):
+    """For rows `part` (a slice) of step's batch, given raw: clean images, labels after dropout, sigma and noise.
 
-
-def draw_batch(config, dataset, images, labels, generator, part):
-    """For rows `part` (a slice) of a step's batch, given raw: clean images, labels after dropout, sigma and noise.
-
-    Everything random is drawn for the whole batch from step_generator()'s, so that it does not depend on how the batch is
-    split over processes and micro-batches.
+    Everything random is drawn for the whole batch from a generator seeded by (seed, step), so that it does not depend
+    on how the batch is split over processes and micro-batches. Only kinds of devices differ in what they draw.
     """
-    device, shape = images.device, (config.batch, *dataset.shape)
+    seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (config.batch, *dataset.shape)
     sigma = torch.randn(config.batch, generator=generator, device=device)[part].mul(config.p_std).add(config.p_mean).exp()
     drop = torch.rand(config.batch, generator=generator, device=device)[part] < config.model.label_dropout
     noise = torch.randn(shape, generator=generator, device=device)[part]
@@ -463,13 +461,12 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
                 images, labels = next(feed)
             except ValueError as error:
                 raise Stop(str(error), alone=True) from None
-            generator = step_generator(config, step, device)
-            batch = draw_batch(config, dataset, images, labels, generator, part)
+            batch = draw_batch(config, dataset, images, labels, step, part, device)
             if processes > 1:                                               # sum gradients over processes only once
                 model.require_backward_grad_sync = part is parts[-1]
-            loss = edm2_loss(model, denoiser.uncertainty, *batch)
-            loss = (loss + denoiser.net.extra_loss(ema.averages[min(config.ema_stds)], batch[0], generator)) / len(parts)
-            loss.backward()
+            loss = edm2_loss(model, denoiser.uncertainty, *batch) / len(parts)
+            extra = denoiser.net.extra_loss(ema.averages[min(config.ema_stds)], batch[0], (config.seed, step, part.start)) / len(parts)
+            (loss + extra).backward()
             loss_step += loss.detach()
         loss_sum += loss_step
         bad = torch.where(loss_step.isfinite(), 0, bad + 1)
@@ -521,8 +518,6 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
 
 
 def main():
-    if "--help" in sys.argv or "-h" in sys.argv:
-        return print_help()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     signals = Signals()
 
@@ -538,6 +533,8 @@ def main():
         sys.exit(code)
 
     try:
+        if "--help" in sys.argv or "-h" in sys.argv:
+            return print_help(sys.argv)
         config = load_config(sys.argv[1:])
         device = choose_device(config.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)
         if config.batch % processes:

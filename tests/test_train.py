@@ -7,8 +7,7 @@ import torch
 
 from data import Dataset, batch_indices, from_network, load_dataset
 from model import DiTConfig
-from train import (TrainConfig, config_keys, draw_batch, learning_rate, load_config, save_config, step_generator,
-                   zero_nonfinite)
+from train import TrainConfig, config_keys, draw_batch, learning_rate, load_config, save_config, zero_nonfinite
 
 CPU = torch.device("cpu")
 
@@ -30,7 +29,7 @@ def draw(config, dataset, step, part, device):
     """Those rows of a step's batch, as the training loop gets them."""
     indices = batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part]
     (images, labels), = dataset.feed([indices], device)
-    return draw_batch(config, dataset, images, labels, step_generator(config, step, device), part)
+    return draw_batch(config, dataset, images, labels, step, part, device)
 
 
 def test_draws_are_a_function_of_seed_and_step_however_the_batch_is_split():

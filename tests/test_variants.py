@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import call
 from data import load_dataset, to_network
 from layers import force_weight_normalization, mp_weights, normalize_weights, project_gradients
-from model import Denoiser, DiT, DiTConfig, config_class
+from model import Denoiser, DiT, DiTConfig, config_class, position_embedding
 from sample import load_denoiser
 from test_end_to_end import TINY, done, log
 from test_model import awake
@@ -77,6 +77,11 @@ def test_each_rung_changes_the_network():
         names = {type(module).__name__ for module in net.blocks.modules()}
         assert ("LayerNorm" in names) == (rung < "G") and ("GELUMLP" in names) == (rung < "F") and ("PlainAttention" in names) == (rung < "B")
         assert net.input.position.square().mean().item() == pytest.approx(0.5 if rung < "H" else 1, rel=0.01)
+    patches = torch.randn(2, 16, 4)
+    for rung, net in zip(ladder.RUNGS, nets):
+        x, position = net.input(patches, torch.zeros(2), torch.tensor([0, 1]))[0], position_embedding(32, 4)
+        patch = net.input.patch(torch.cat([patches, torch.ones(2, 16, 1)], dim=-1) if rung >= "C" else patches)
+        torch.testing.assert_close(x, (patch + position * 2**0.5) * 0.5**0.5 if rung >= "H" else patch + position, rtol=1e-3, atol=1e-3)
     assert len({tuple(kinds) for kinds in have}) == 8                       # of the 9, only H keeps all modules: it changes how they join
     x, h = torch.randn(1, 16, 32), torch.randn(1, 16, 32)
     torch.testing.assert_close(nets[3].blocks[0].join(x, h), x + h)
@@ -118,7 +123,13 @@ def test_long_skips_join_block_i_with_its_mirror_image(block, scaling, depth):
 def test_learned_scales_are_shared_or_not():
     count = [sum(p.numel() for p in scalelong.Config(**SMALL | dict(depth=8), skip_scaling="learned", skip_shared=shared).network().parameters())
              for shared in (True, False)]
-    assert count[1] - count[0] == 3 * (16 * 1 + 1 + 1 * 16 + 16)
+    assert count[1] - count[0] == 3 * (16 * 8 + 8 + 8 * 16 + 16)
+
+
+def test_learned_scales_see_the_image():
+    for _ in range(10):
+        scale = scalelong.LearnedScale(16)
+        assert scale(torch.randn(50, 16, 64)).std(0).max() > 1e-4
 
 
 @pytest.mark.parametrize("scaling", scalelong.SCALINGS)
@@ -127,14 +138,14 @@ def test_long_skips_keep_magnitudes_in_the_magnitude_preserving_network(scaling)
     digits, found = load_dataset("digits"), []
     images = to_network(digits.images[:32], digits.stats)
     for _ in range(8):
-        denoiser, rms = Denoiser(scalelong.Config(**SMALL | dict(depth=8, width=64), skip_scaling=scaling)), []
+        denoiser, rms = Denoiser(scalelong.Config(**SMALL | dict(depth=9, width=64), skip_scaling=scaling)), []
         for part in (*denoiser.net.blocks, *denoiser.net.joins):
             part.register_forward_hook(lambda part, inputs, x: rms.append(x.square().mean(-1).sqrt().mean().item()))
         with torch.no_grad():
             denoiser(images + 0.5 * torch.randn_like(images), 0.5)
         found.append(rms)
     found = np.mean(found, axis=0)
-    assert len(found) == 8 + 4 and 0.9 < found.min() and found.max() < 1.1
+    assert len(found) == 9 + 4 and 0.9 < found.min() and found.max() < 1.1
 
 
 # ---- self-conditioning ----
@@ -144,7 +155,7 @@ def test_without_its_parts_ddae_is_the_core_and_with_them_later_blocks_are_told(
     core = awake(DiT(DiTConfig(**SMALL, block=block)))
     without = ddae.Config(**SMALL, block=block, self_conditioning=False).network()
     without.load_state_dict(core.state_dict())
-    assert torch.equal(without(*INPUT), core(*INPUT)) and without.extra_loss(None, None, None) == 0
+    assert torch.equal(without(*INPUT), core(*INPUT)) and without.extra_loss(None, None, None) == 0.0
 
     net = ddae.Config(**SMALL, block=block, bottleneck=2).network()
     net.load_state_dict(core.state_dict(), strict=False)
@@ -161,9 +172,20 @@ def test_without_its_parts_ddae_is_the_core_and_with_them_later_blocks_are_told(
 def test_the_contrastive_loss_is_infonce_and_pulls_views_together():
     student, teacher = (awake(Denoiser(ddae.Config(**SMALL, contrast=0.5))) for _ in range(2))
     images, sigma = torch.randn(6, 1, 8, 8), torch.full((6,), 0.3)
+    views = []
+    teacher.register_forward_pre_hook(lambda teacher, inputs: views.append(inputs))
     student(images, sigma)
-    loss = student.net.extra_loss(teacher.eval(), images, torch.Generator().manual_seed(0))
     ours = student.net.projector(student.net.summary).detach().double().numpy()
+    loss = student.net.extra_loss(teacher.eval(), images, (0, 7, 0))
+    (view, level), = views                                                  # without labels
+    noise = [(view - ddae.moved(images, torch.Generator().manual_seed(0))).flatten(1), (view - images).flatten(1)]
+    assert level == 0.2 and all(part.std() > 0.15 for part in noise)
+    best = torch.stack([view[:, :, 1:-1, 1:-1] - images[:, :, 1 + dy:7 + dy, 1 + dx:7 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+    assert best.flatten(2).std(2).min(0)[0].mean() == pytest.approx(0.2, rel=0.2)           # some move leaves nothing but noise
+    student(images, sigma)
+    student.net.extra_loss(teacher, images, (0, 7, 3))
+    assert not torch.equal(views[1][0], view)
+    teacher(*views[0])
     theirs = teacher.net.projector(teacher.net.summary).detach().double().numpy()
     similar = (ours / np.linalg.norm(ours, axis=1)[:, None]) @ (theirs / np.linalg.norm(theirs, axis=1)[:, None]).T / 0.2
     expected = -np.mean(similar.diagonal() - np.log(np.exp(similar).sum(1)))
@@ -228,13 +250,22 @@ def test_coordinate_check(block, learning_rate):
         changes = [mup.block_changes(TrainConfig(learning_rate=learning_rate, model=Class(**SMALL | dict(width=width, heads=width // 32, block=block))),
                                      digits, 5) for width in (64, 256)]
         slopes[Class] = np.log2(np.divide(*changes[::-1])) / 2
-    assert np.abs(slopes[mup.Config][:-1]).max() < 0.15 and slopes[DiTConfig][:-1].min() > 0.25
+    assert np.abs(slopes[mup.Config]).max() < 0.15 and slopes[DiTConfig].min() > 0.25
+
+
+def test_training_applies_the_rates(tmp_path):
+    """Adam's first step moves everything by its rate, and the output starts at zero."""
+    done("train.py", *TINY, "--variant=mup", "--model.block=plain", "--model.base_width=8", "--steps=1", "--warmup_steps=0", "--learning_rate=0.001",
+         f"--out={tmp_path}", "--sample_every=0")
+    weights = torch.load(tmp_path / "state.pt", weights_only=True)["weights"]
+    assert weights["net.output.linear.weight"].abs().median().item() == pytest.approx(0.001, rel=0.01)
+    assert weights["net.output.linear.bias"].abs().median().item() == pytest.approx(0.004, rel=0.01)
 
 
 # ---- through the commands ----
 
 @pytest.mark.parametrize("variant, options", [("ladder", ["--model.rung=C", "--model.modulation=scale,shift,gate"]), ("scalelong", ["--model.skip_scaling=learned"]),
-                                              ("ddae", ["--model.contrast=0.1"]), ("mup", ["--model.base_width=16"])])
+                                              ("ddae", ["--model.contrast=0.1", "--micro_batch=8"]), ("mup", ["--model.base_width=16"])])
 def test_a_variant_trains_resumes_samples_and_is_reconstructed_like_the_core(tmp_path, variant, options):
     options = [*TINY, f"--variant={variant}", *options, "--sample_every=0", "--snapshot_every=4", "--save_every=4"]
     done("train.py", *options, "--steps=8", f"--out={tmp_path / 'whole'}")
@@ -262,7 +293,13 @@ def test_the_commands_of_variants_print_their_tables(tmp_path, capsys, monkeypat
     accuracies, deviations = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[2::3])
     assert len(accuracies) == 2 and all(10 < float(value.rstrip("%")) < 100 for value in accuracies)
     expected = [np.std([line[name] for line in log(tmp_path)]) for name in ("token_rms_first", "token_rms_middle", "token_rms_last", "gradient_norm")]
-    assert [float(value) for value in deviations[:4]] == pytest.approx(expected, abs=1e-4)
+    assert [float(value) for value in deviations[::2]] == pytest.approx(expected, abs=1e-4)
+    for main, words in ((ddae.main, [str(tmp_path), "--sigma", "0"]), (ddae.main, [str(tmp_path / "none")]), (scalelong.main, [str(tmp_path)]),
+                        (scalelong.main, [str(tmp_path / "none")]), (mup.main, ["--widths", "64"]), (mup.main, ["--widths", "16", "32"])):
+        monkeypatch.setattr("sys.argv", ["variant", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr("sys.argv", ["mup", "--widths", "32", "64", "--steps=2", "--seeds=1", f"--out={tmp_path / 'mup.png'}"])
     mup.main()
     assert capsys.readouterr().out.count("output") == 4 and (tmp_path / "mup.png").exists()
@@ -277,7 +314,8 @@ def test_the_commands_of_variants_print_their_tables(tmp_path, capsys, monkeypat
     (["--variant=scalelong", "--model.skip_scaling=x"], "train.py: --model.skip_scaling: 'x' is not one of "),
     (["--variant=scalelong", "--model.depth=1"], "train.py: --model.depth: 1 is too little"),
     (["--variant=ladder", "--model.modulation=scale,shift,gate", "--model.rung=J"], "train.py: --model.rung: 'J' is not one of A, "),
-    (["--variant=ladder"], "train.py: "),                                   # the digits' config rotates
+    (["--variant=ladder", "--model.modulation=rotate,gate"], "train.py: --model.modulation: must be scale, shift and gate"),
+    (["--variant=ladder", "--model.modulation=scale,shift,gate", "--model.block=plain"], "train.py: --model.block: leave it out"),
     (["--variant=ddae", "--model.bottleneck=9"], "train.py: --model.bottleneck: 9 does not leave a block"),
     (["--variant=ddae", "--model.contrast=-1"], "train.py: --model.contrast: -1.0 is not a weight"),
     (["--variant=mup", "--model.base_width=-2"], "train.py: --model.base_width: -2 is not positive"),

@@ -11,7 +11,7 @@ Source: [DDAE++] Xiang et al. 2025, arXiv 2505.10999. Where its public details a
 mp_sum with t = 0.3, or by a zero-initialised linear in the plain block; a view is an image moved by up to an eighth of its side, at
 noise level 0.2 for the teacher and at that of the training for the student, without label for the teacher; a projector of two
 layers into 64 dimensions; temperature 0.2; negatives are those of the micro-batch, so that this loss, unlike the rest
-of the training, depends on how the batch is split.
+of the training, depends on how the batch is split. The loss that is logged leaves it out.
 
 Legend: B batch, C channels, S side, T tokens, D width.
 """
@@ -20,6 +20,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from sample import choose_device, load_denoiser, newest_run
 class Config(DiTConfig):
     self_conditioning: bool = key(True, "later blocks are told what the middle one knows")
     bottleneck: int = key(0, "the block after which to ask, from 1 to depth - 1 (0: the middle, depth // 2)")
-    contrast: float = key(0.0, "weight of the contrastive loss (0: none)")
+    contrast: float = key(0.0, "weight of the contrastive loss (0: none), which needs several images in a micro-batch")
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,15 +77,17 @@ class SelfConditionedDiT(DiT):
                     cond = mp_sum(cond, told, t=0.3) if self.config.block == "mp" else cond + told
         return x
 
-    def extra_loss(self, teacher, images, generator):
+    def extra_loss(self, teacher, images, seed):
         """InfoNCE between the student's latest s and the teacher's for another view of the same images (B, C, S, S)."""
+        s, self.summary = self.summary, None                                # lets go of the graph
         if not self.config.contrast:
             return 0.0
-        ours = F.normalize(self.projector(self.summary).float(), dim=1)
+        ours = F.normalize(self.projector(s), dim=1)
         with torch.no_grad():
+            generator = torch.Generator(images.device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
             noise = torch.randn(images.shape, generator=generator, device=images.device)
             teacher(moved(images, generator) + self.VIEW_SIGMA * noise, self.VIEW_SIGMA)
-            theirs = F.normalize(teacher.net.projector(teacher.net.summary).float(), dim=1)
+            theirs = F.normalize(teacher.net.projector(teacher.net.summary), dim=1)
         return self.config.contrast * F.cross_entropy(ours @ theirs.T / self.TEMPERATURE, torch.arange(len(images), device=images.device))
 
 
@@ -141,6 +144,8 @@ def main():
     parser.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args()
     try:
+        if not all(0 < sigma < float("inf") for sigma in args.sigma) or args.images < 10:
+            raise ValueError("noise levels must be positive, and the images at least 10")
         device, run = choose_device(args.device), args.run or newest_run()
         denoiser, stats = load_denoiser(run, device, args.ema)
         name, dataset = dataset_of(run)

@@ -39,6 +39,8 @@ class Config(DiTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.block != "mp":
+            raise ValueError("block: leave it out, the rung decides")
         if self.rung not in RUNGS:
             raise ValueError(f"rung: {self.rung!r} is not one of {', '.join(RUNGS)}")
         if self.modulation != ("scale", "shift", "gate"):

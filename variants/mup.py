@@ -30,7 +30,7 @@ from data import batch_indices, load_dataset
 from fid import save_plot
 from layers import MPLinear, force_weight_normalization, normalize_weights, project_gradients
 from model import DiT, DiTConfig, edm2_loss, key
-from train import TrainConfig, build, draw_batch, step_generator
+from train import TrainConfig, build, draw_batch
 
 
 @dataclass
@@ -83,8 +83,7 @@ def block_changes(config, dataset, steps):
 
     def draw(step):
         indices = batch_indices(len(dataset), config.seed, step * config.batch, config.batch)
-        return draw_batch(config, dataset, dataset.images[indices], dataset.labels[indices], step_generator(config, step, torch.device("cpu")),
-                          slice(0, config.batch))
+        return draw_batch(config, dataset, dataset.images[indices], dataset.labels[indices], step, slice(0, config.batch), torch.device("cpu"))
 
     def look():
         outputs.clear()
@@ -111,6 +110,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="runs to average over (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("out/mup.png"), help="where the plot goes (default: out/mup.png)")
     args = parser.parse_args()
+    if len(set(args.widths)) < 2 or any(width < 32 or width % 32 for width in args.widths) or min(args.steps, args.seeds) < 1:
+        parser.error("needs two or more widths, multiples of 32, and at least one step and one seed")
     dataset, curves = load_dataset("digits"), {}
     torch.set_num_threads(1)
     for block, learning_rate in (("plain", 0.0003), ("mp", 0.01)):

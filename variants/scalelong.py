@@ -3,7 +3,8 @@
     python train.py --config=configs/scalelong.toml --model.skip_scaling=learned
     python -m variants.scalelong RUN ...         # how much block outputs and gradients of finished runs varied over training
 
-Block i of the first half also feeds block depth-1-i of the second half: x = Linear(cat[x, s·skip]), with s
+Block i of the first half also feeds block depth-1-i of the second half: x = Linear(cat[x, s·skip]). Take an odd depth: with an
+even one, the innermost skip joins neighbours. The factor s is
 
     none        1, U-ViT's own
     sqrt        1/sqrt(2)
@@ -52,11 +53,12 @@ class Config(DiTConfig):
 
 
 class LearnedScale(nn.Module):
-    """One factor per token, (B, T, D) -> (B, T, 1), between 0 and 1 [ScaleLong, LS]."""
+    """One factor per token, (B, T, D) -> (B, T, 1), between 0 and 1 [ScaleLong, LS]. Hidden units: T/16, here 8 at least, as
+    a single one with its ReLU is soon dead."""
 
     def __init__(self, tokens):
         super().__init__()
-        hidden = max(tokens // 16, 1)
+        hidden = max(tokens // 16, 8)
         self.net = nn.Sequential(nn.Linear(tokens, hidden), nn.ReLU(), nn.Linear(hidden, tokens), nn.Sigmoid())
 
     def forward(self, x):
@@ -87,7 +89,7 @@ class LongSkipDiT(DiT):
     def join(self, i, x, skip):
         s = self.scale(i, skip)
         both = mp_cat(normalize(x), skip, s / (1 + s)) if self.config.block == "mp" else torch.cat([x, s * skip], dim=-1)
-        return self.joins[i](both)
+        return self.joins[i](both).to(x.dtype)
 
     def middle(self, x, cond):
         skips = []
@@ -108,16 +110,18 @@ def main():
     parser.add_argument("--after", type=int, default=50, help="leave out the first steps (default: 50)")
     args = parser.parse_args()
     names = {"token_rms_first": "first", "token_rms_middle": "middle", "token_rms_last": "last", "gradient_norm": "gradient"}
-    print("standard deviations over training of token RMS after three blocks and of the gradient's norm; mean of the last losses")
-    print(" " * 30 + "".join(f"{short:>10}" for short in (*names.values(), "loss")), flush=True)
+    print("Token RMS after three blocks and norm of the gradient: standard deviation over training, and of the change from line to line")
+    print(" " * 24 + "".join(f"{short:>18}" for short in names.values()), flush=True)
     for run in args.runs:
         try:
             lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-            lines = [line for line in lines if "loss" in line and line["step"] > args.after]
-            deviations = [np.std([line[name] for line in lines]) for name in names]
+            values = np.array([[line[name] for name in names] for line in lines if "loss" in line and line["step"] > args.after], dtype=float)
         except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"{run}: no log of a run in which everything stayed finite")
-        print(f"{run.name:30}" + "".join(f"{value:10.4f}" for value in deviations) + f"{np.mean([line['loss'] for line in lines[-10:]]):10.4f}")
+            parser.error(f"{run}: has no log.jsonl of a training")
+        if len(values) < 3 or not np.isfinite(values).all():
+            parser.error(f"{run}: its log has {len(values)} lines after step {args.after}, or some that are not finite")
+        spread = zip(values.std(0), np.diff(values, axis=0).std(0))
+        print(f"{run.name:24}" + "".join(f"{over:10.4f}{change:8.4f}" for over, change in spread))
 
 
 if __name__ == "__main__":
