@@ -167,9 +167,10 @@ def save_config(config, path):
 
 
 def print_help(argv):
-    print(__doc__ + "\n  --config=FILE\n        a TOML file of the keys below, those with model. under [model]")
     variant = next((word.removeprefix("--variant=") for word in argv if word.startswith("--variant=")), "")
-    for name, field in config_keys(config_class(variant)).items():
+    keys = config_keys(config_class(variant))
+    print(__doc__ + "\n  --config=FILE\n        a TOML file of the keys below, those with model. under [model]")
+    for name, field in keys.items():
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
         print(f"  --{name}={default.lower() if field.type is bool else default}\n        {field.metadata['doc']}")
 
