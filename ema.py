@@ -178,7 +178,8 @@ def reconstruct(folder, stds, step=None, progress=None):
     """The averages of relative widths `stds` at `step` (None: the last), mixed from the snapshots in `folder`.
 
     Returns a list of snapshots like load_snapshot's, in float32, each with the "residual" of its fit and the relative error
-    that "rounding" to float16 left. Reads every file once and holds one of them at a time beside the results. progress: called with the number of files read and of all.
+    that "rounding" to float16 left. Reads every file once and holds one of them at a time beside the results.
+    progress: called with the number of files read and of all.
     Raises ValueError, in one line, if there is no snapshot at `step` or the files do not fit together.
     """
     sources = list_snapshots(folder)

@@ -480,8 +480,8 @@ COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7e22ce")
 
 
 def save_plot(xs, curves, labels, path):
-    """Draw curves over xs as lines with their points, as a PNG. curves: up to four {name: ys}, each named where it ends,
-    a single one with its values at its points. labels: of the two axes."""
+    """Draw curves over xs as lines with their points, as a PNG. curves: up to four {name: ys}, their names in a corner; a
+    single one has its values at its points. labels: of the two axes."""
     width, height, margin = 480, 320, 56
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
@@ -496,14 +496,16 @@ def save_plot(xs, curves, labels, path):
     draw.line([(margin, margin), (margin, bottom), (width - margin, bottom)], fill="black")
     for x in xs:
         draw.text((at(x, lowest)[0], bottom + 8), f"{x:g}", fill="black", anchor="mt")
-    for colour, (name, ys) in zip(COLOURS, curves.items()):
+    for y in (lowest, highest) if len(curves) > 1 else ():
+        draw.text((margin - 6, at(0, y)[1]), f"{y:.2g}", fill="black", anchor="rm")
+    for number, (colour, (name, ys)) in enumerate(zip(COLOURS, curves.items())):
         points = [at(x, y) for x, y in zip(xs, ys)]
         draw.line(points, fill=colour, width=2)
         for (px, py), y in zip(points, ys):
             draw.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colour)
             if len(curves) == 1:
                 draw.text((px, py - 8), f"{y:.3g}", fill=colour, anchor="mb")
-        draw.text((points[-1][0], points[-1][1] - 6), name, fill=colour, anchor="rb")
+        draw.text((margin + 12, margin + 16 * number), name, fill=colour, anchor="lm")
     draw.text((width / 2, height - 16), labels[0], fill="black", anchor="mm")
     draw.text((margin, margin - 16), labels[1], fill="black", anchor="lm")
     save_picture(torch.from_numpy(np.array(picture)).permute(2, 0, 1), path)
