@@ -35,7 +35,8 @@ from PIL import Image, ImageDraw
 
 from data import NAMES, decode_picture, list_pictures, load_dataset, open_picture
 from ema import atomic_file, snapshot_path, std_to_gamma
-from sample import check_guidance, choose_device, guided, join_processes, leave_processes, load_decoder, load_denoiser, sample, save_picture
+from sample import (check_guidance, choose_device, guided, join_processes, leave_processes, load_decoder, load_denoiser, sample, save_picture,
+                    use_threads)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -351,6 +352,7 @@ def read_samples(path):
 
 def draw_samples(run, args, device, numbers):
     """Yield samples of a run; number i comes from seed args.seed + i and is of class i modulo the number of classes."""
+    use_threads(run)
     denoiser, stats = load_denoiser(run, device, args.ema)
     decode = load_decoder(stats, device)
     classes = max(denoiser.net.config.num_classes, 1)
@@ -575,6 +577,11 @@ def main():
             return statistics(source, features, args, device, rank, processes, dataset)
 
         if args.command == "compare":
+            for source in (args.a, args.b):                                 # both, before the work on the first
+                if Path(source).suffix == ".npz" and Path(source).is_file():
+                    read_statistics(source)
+                else:
+                    open_source(source, args, device, rank, processes)
             print(f"{compare(of(args.a), of(args.b), (args.a, args.b)):.6g}")
         elif args.command == "stats":
             found = of(args.a)

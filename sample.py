@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,16 @@ def load_denoiser(path, device, std=None):
     return denoiser.to(device).eval(), stats
 
 
+def use_threads(run):
+    """Take as many CPU threads as the run in this directory was trained with, if its configuration says."""
+    try:
+        threads = tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8"))["threads"]
+    except (OSError, ValueError, KeyError):
+        return
+    if isinstance(threads, int) and threads > 0:
+        torch.set_num_threads(threads)
+
+
 def load_decoder(stats, device):
     """A function from what `sample` yields to uint8 images: for latents, the Stable Diffusion VAE out of `diffusers`.
 
@@ -359,6 +370,7 @@ def main():
         check_arguments(args)
         device = choose_device(args.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)
         run = Path(args.run or newest_run())
+        use_threads(run)
         if rank > 0:
             dist.barrier()                                                  # the first process may have to reconstruct
         denoiser, stats = load_denoiser(run, device, args.ema)

@@ -274,7 +274,8 @@ FREE = {"out", "device", "threads", "workers", "compile", "steps", "micro_batch"
 def check_config(path, theirs, config):
     """Raises ValueError if the configuration a state was saved with is another experiment, naming all that differs."""
     ours = flatten(config)
-    wrong = [f"{name} = {theirs.get(name)}, not {ours[name]}" for name in ours if name not in FREE and theirs.get(name) != ours[name]]
+    wrong = [name for name in ours if name not in FREE and theirs.get(name) != ours[name]]
+    wrong = [f"{name} = {theirs.get(name)!r}, not {ours[name]!r}" for name in (["variant"] if "variant" in wrong else wrong)]
     if wrong:
         raise ValueError(f"{path}: was trained with {'; '.join(wrong)}; choose another out")
 
@@ -440,7 +441,8 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
         model = torch.nn.parallel.DistributedDataParallel(denoiser)
         together = dist.new_group(backend="gloo")                           # to agree on things without waiting for a GPU
     if rank == 0:
-        print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type} x {processes}", flush=True)
+        print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type} x {processes}"
+              + (f", going on from step {progress['step']}" if progress["step"] else ""), flush=True)
 
     def over_processes(value, op=dist.ReduceOp.SUM):
         value = torch.tensor(value, dtype=torch.float64)

@@ -308,3 +308,5 @@ def test_bad_input_is_one_line_that_names_it(images, monkeypatch, capsys):
         line = err.strip().splitlines()[-1]
         assert code == 2 and line.startswith("fid.py: error: ") and message in line, (words, err)
         assert "Traceback" not in err
+    code, out, err = command(monkeypatch, capsys, folder / "folder", "nowhere", "--features=pixels")
+    assert code == 2 and "there is no 'nowhere'" in err and "40 images" not in err           # before any work on the first

@@ -6,7 +6,7 @@ from PIL import Image
 from model import Denoiser, DiTConfig
 from ema import save_snapshot
 from sample import (check_guidance, gather, guided, heun_sampler, load_denoiser, main, newest_run, noise_levels, sample,
-                    save_animation, save_grid, seeded_noise)
+                    save_animation, save_grid, seeded_noise, use_threads)
 
 
 def test_noise_levels_follow_edms_formula():
@@ -274,3 +274,13 @@ def test_every_option_of_the_command_reaches_the_sampler(tmp_path, denoisers, mo
     assert len(set(drawn)) == len(variants)
     assert picture(monkeypatch, capsys, *options, "--guidance=1", "--churn=0", "--ema=0.1", "--labels", "0", "1", "2") == drawn[0]
     assert picture(monkeypatch, capsys, *options, "--guidance=3", f"--guide={tmp_path}") == drawn[0]        # guided by itself
+
+
+def test_the_threads_of_the_run_are_taken(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    for text in ("threads = 3", "threads = 0", "threads = 'x'", "other = 1", "not TOML"):
+        (tmp_path / "config.toml").write_text(text)
+        use_threads(tmp_path)
+    use_threads(tmp_path / "none")
+    assert taken == [3]

@@ -1,6 +1,7 @@
 """Each variant against what it is a diff of, its equations computed another way, and the commands with its name."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from conftest import call
+from conftest import ROOT, call
 from data import load_dataset, to_network
 from layers import force_weight_normalization, mp_weights, normalize_weights, project_gradients
 from model import Denoiser, DiT, DiTConfig, config_class, position_embedding
@@ -281,6 +282,18 @@ def test_a_variant_trains_resumes_samples_and_is_reconstructed_like_the_core(tmp
     done("sample.py", tmp_path / "run", "--ema=0.07", "--steps=2", "--labels", 3, "--columns=2")
     denoiser, _ = load_denoiser(tmp_path / "run", torch.device("cpu"))
     assert type(denoiser.net.config) is config_class(variant) and (tmp_path / "run" / "ema" / "posthoc" / "0000008-0.070.pt").exists()
+
+
+def test_the_variant_in_the_readme_works(tmp_path, monkeypatch):
+    (tmp_path / "variants").mkdir()
+    (tmp_path / "variants" / "twice.py").write_text(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    done("train.py", *TINY, "--variant=twice", "--model.times=3", "--steps=1", f"--out={tmp_path / 'run'}", "--sample_every=0")
+    denoiser, _ = load_denoiser(tmp_path / "run", torch.device("cpu"))
+    calls = []
+    denoiser.net.blocks[0].register_forward_hook(lambda *args: calls.append(1))
+    denoiser(torch.zeros(1, 1, 8, 8), 1.0)
+    assert len(calls) == 3
 
 
 def test_the_commands_of_variants_print_their_tables(tmp_path, capsys, monkeypatch):
