@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from data import from_network, make_grid, to_picture, to_uint8
 from ema import atomic_file, check_fit, find_snapshot, list_snapshots, load_snapshot

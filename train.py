@@ -224,6 +224,17 @@ def zero_nonfinite(gradients):
     return (~norms.isfinite()).sum()
 
 
+def optimizer_step(optimizer, weights, rate):
+    """One step at learning rate `rate`, under forced weight normalization of `weights`. Returns what zero_nonfinite() does."""
+    nonfinite = zero_nonfinite([p.grad for group in optimizer.param_groups for p in group["params"]])
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+    project_gradients(weights)
+    optimizer.step()
+    normalize_weights(weights)
+    return nonfinite
+
+
 # ---- what a run reports ----
 
 def log(config, done, values):
@@ -473,12 +484,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, 
             loss_step += loss.detach()
         loss_sum += loss_step
         bad = torch.where(loss_step.isfinite(), 0, bad + 1)
-        nonfinite += zero_nonfinite([p.grad for p in parameters])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config) * group["rate"]
-        project_gradients(weights)
-        optimizer.step()
-        normalize_weights(weights)
+        nonfinite += optimizer_step(optimizer, weights, learning_rate(step, config))
         ema.update(denoiser, step + 1)
 
         done, since = step + 1, since + 1

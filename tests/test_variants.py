@@ -6,18 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from conftest import ROOT, call
 from data import load_dataset, to_network
-from layers import force_weight_normalization, mp_weights, normalize_weights, project_gradients
+from layers import force_weight_normalization
 from model import Denoiser, DiT, DiTConfig, config_class, position_embedding
 from sample import load_denoiser
 from test_end_to_end import TINY, done, log
 from test_model import awake
 from test_resume import same_run
-from train import TrainConfig, build
+from train import TrainConfig, build, optimizer_step
 from variants import ddae, ladder, mup, scalelong
 
 SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=1, num_classes=10)
@@ -62,9 +61,7 @@ def test_every_rung_starts_at_zero_learns_and_keeps_the_weights_it_promises(rung
     for _ in range(4):
         optimizer.zero_grad()
         (denoiser(INPUT[0], 1.0, INPUT[2]).square().mean() + denoiser.uncertainty(torch.ones(1)).square().mean()).backward()
-        project_gradients(weights)
-        optimizer.step()
-        normalize_weights(weights)
+        optimizer_step(optimizer, weights, 0.01)
     assert denoiser.net(*INPUT).any()
     norms = [(name, p.square().mean(1)) for name, p in denoiser.net.named_parameters() if p.ndim == 2 and "label" not in name]
     unit = [name for name, squares in norms if (squares - 1).abs().max() < 1e-4]

@@ -28,9 +28,9 @@ import torch.nn as nn
 
 from data import batch_indices, load_dataset
 from fid import save_plot
-from layers import MPLinear, force_weight_normalization, normalize_weights, project_gradients
+from layers import MPLinear, force_weight_normalization
 from model import DiT, DiTConfig, edm2_loss, key
-from train import TrainConfig, build, draw_batch
+from train import TrainConfig, build, draw_batch, optimizer_step
 
 
 @dataclass
@@ -95,11 +95,7 @@ def block_changes(config, dataset, steps):
     for step in range(steps):
         optimizer.zero_grad()
         edm2_loss(denoiser, denoiser.uncertainty, *draw(step)).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * group["rate"]
-        project_gradients(weights)
-        optimizer.step()
-        normalize_weights(weights)
+        optimizer_step(optimizer, weights, config.learning_rate)
     return [(a - b).square().mean().sqrt().item() for a, b in zip(look(), before)]
 
 
