@@ -36,9 +36,10 @@ def block_rms(config, x):
     return rms
 
 
+@pytest.mark.parametrize("size", ["S", "B"])
 @pytest.mark.parametrize("grid", [4, 16])
-def test_28_magnitude_preserving_blocks_keep_token_rms_near_1_at_initialisation(grid):
-    config = DiTConfig(size="S", depth=28, patch=2, image_size=2 * grid, channels=4, num_classes=10)
+def test_28_magnitude_preserving_blocks_keep_token_rms_near_1_at_initialisation(size, grid):
+    config = DiTConfig(size=size, depth=28, patch=2, image_size=2 * grid, channels=4, num_classes=10)
     rms = block_rms(config, torch.randn(4, 4, 2 * grid, 2 * grid))
     assert len(rms) == 28 and 0.75 < min(rms) and max(rms) < 1.25
 

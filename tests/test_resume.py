@@ -22,7 +22,7 @@ from sample import load_denoiser
 from test_end_to_end import TINY, done, launcher, log, run
 
 FUZZ_ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 12))                        # of each kind of file
-KILLS = int(os.environ.get("KILLS", 2))
+KILLS = int(os.environ.get("KILLS", 3))
 BASE = [*TINY, "--save_every=3", "--snapshot_every=20", "--log_every=5", "--sample_every=0"]
 
 

@@ -9,7 +9,8 @@ With base width W0, width W and Adam, a learning rate tuned at W0 holds at W if
   for hidden weights and a fixed one for input weights: DiT's is put right where it is not so.
 - magnitude-preserving: hidden weights learn at rate × sqrt(W0/W). They keep RMS 1 and act divided by sqrt(fan_in), so
   that much of the rule is built in. EDM2's published rates follow it. The output is multiplied by sqrt(W0/W): that is our
-  addition, as the output layer does not start at zero but at a gain of zero; without it the output changes faster, the wider.
+  addition, as the output layer does not start at zero but at a gain of zero: without it the first five steps change the
+  output more, the wider it is. After ten the check no longer speaks for either (see README.md).
 
 Hidden are weights whose fan_in grows with the width: all linear layers but those of patches and output (here also the noise
 level comes in as W features). Heads should grow with the width, each keeping its size.
