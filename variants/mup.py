@@ -8,9 +8,9 @@ With base width W0, width W and Adam, a learning rate tuned at W0 holds at W if
 - plain: hidden weights learn at rate × W0/W, and the output is multiplied by W0/W. Initialisation needs variance 1/fan_in
   for hidden weights and a fixed one for input weights: DiT's is put right where it is not so.
 - magnitude-preserving: hidden weights learn at rate × sqrt(W0/W). They keep RMS 1 and act divided by sqrt(fan_in), so
-  that much of the rule is built in. EDM2's published rates follow it. The output is multiplied by sqrt(W0/W): that is our
-  addition, as the output layer does not start at zero but at a gain of zero: without it the first five steps change the
-  output more, the wider it is. After ten the check no longer speaks for either (see README.md).
+  that much of the rule is built in; EDM2's published rates follow it. The output is multiplied by sqrt(W0/W). That is our
+  addition: muP wants output weights of variance 1/fan_in², and those of an MPLinear act with 1/fan_in. They cannot start at
+  zero, only their gain does, so that without it what the blocks learn in their direction counts for more, the wider it is.
 
 Hidden are weights whose fan_in grows with the width: all linear layers but those of patches and output (here also the noise
 level comes in as W features). Heads should grow with the width, each keeping its size.
@@ -102,30 +102,29 @@ def block_changes(config, dataset, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], help="multiples of 32, the first being the base")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps before looking (default: 5)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs to average over (default: 3)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="multiples of 32, the first being the base")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps before looking (default: 20)")
+    parser.add_argument("--seeds", type=int, default=8, help="runs to average over (default: 8)")
     parser.add_argument("--out", type=Path, default=Path("out/mup.png"), help="where the plot goes (default: out/mup.png)")
     args = parser.parse_args()
     if len(set(args.widths)) < 2 or any(width < 32 or width % 32 for width in args.widths) or min(args.steps, args.seeds) < 1:
         parser.error("needs two or more widths, multiples of 32, and at least one step and one seed")
     dataset, curves = load_dataset("digits"), {}
     torch.set_num_threads(1)
-    for block, learning_rate in (("plain", 0.0003), ("mp", 0.01)):
+    for block, learning_rate in (("plain", 0.0003), ("mp", 0.003)):
         for variant, Class in (("without", DiTConfig), ("with muP", Config)):
             table = []
+            print(f"\n{block} {variant}".ljust(21) + "  block 1  block 2  block 3  block 4   output", flush=True)
             for width in args.widths:
                 more = {"base_width": args.widths[0]} if Class is Config else {}
                 model = Class(block=block, width=width, heads=width // 32, depth=4, **more).fit(8, 1, 10)
                 config = TrainConfig(learning_rate=learning_rate, model=model)
                 table.append(np.mean([block_changes(replace(config, seed=seed), dataset, args.steps) for seed in range(args.seeds)], axis=0))
-            table = np.array(table).T                                       # (blocks and output, widths)
-            slopes = np.polyfit(np.log(args.widths), np.log(table.T), 1)[0]
-            print(f"\n{block} {variant}".ljust(20) + "".join(f"{width:>9}" for width in args.widths) + "    slope")
-            for number, (row, slope) in enumerate(zip(table, slopes)):
-                name = f"block {number + 1}" if number < len(table) - 1 else "output"
-                print(name.ljust(19) + "".join(f"{value:9.4f}" for value in row) + f"{slope:9.2f}", flush=True)
-            curves[f"{block} {variant}"] = np.log2(table[-2] / table[-2, 0])
+                print(f"width {width}".ljust(20) + "".join(f"{change:9.4f}" for change in table[-1]), flush=True)
+            table = np.array(table)                                         # (widths, blocks and output)
+            slopes = np.polyfit(np.log(args.widths), np.log(table), 1)[0]
+            print("slope".ljust(20) + "".join(f"{slope:9.2f}" for slope in slopes), flush=True)
+            curves[f"{block} {variant}"] = np.log2(table[:, -2] / table[0, -2])
     save_plot(args.widths, curves, ("width", "change of the last block's output, doublings since the base width"), args.out)
     print(args.out)
 
