@@ -1,26 +1,31 @@
 """muP: tune the learning rate on a narrow network, and use it on a wide one [DiT-muP].
 
-    python train.py --config=configs/mup.toml --model.width=256 --model.heads=8
+    python train.py --config=configs/mup.toml --out=out/mup-256 --model.width=256 --model.heads=8
     python -m variants.mup                       # the coordinate check: a table and a plot
 
-With base width W0, width W and Adam, a learning rate tuned at W0 holds at W if
+With base width W0, width W and Adam, a learning rate tuned at W0 is to hold at W if
 
-- plain: hidden weights learn at rate × W0/W, and the output is multiplied by W0/W. Initialisation needs variance 1/fan_in
-  for hidden weights and a fixed one for input weights: DiT's is put right where it is not so.
-- magnitude-preserving: hidden weights learn at rate × sqrt(W0/W). They keep RMS 1 and act divided by sqrt(fan_in), so
-  that much of the rule is built in; EDM2's published rates follow it. The output is multiplied by sqrt(W0/W). That is our
-  addition: muP wants output weights of variance 1/fan_in², and those of an MPLinear act with 1/fan_in. They cannot start at
-  zero, only their gain does, so that without it what the blocks learn in their direction counts for more, the wider it is.
+- plain: hidden weights learn at rate × W0/W, and the output is multiplied by W0/W (its bias, not meant by it, learns at rate
+  × W/W0). Initialisation needs variance 1/fan_in for hidden weights and a fixed one for input weights: DiT's is put right
+  where it is not so.
+- magnitude-preserving: hidden weights learn at rate × sqrt(W0/W). They keep RMS 1 and act divided by sqrt(fan_in), so that
+  much of the rule is built in. The output is multiplied by sqrt(W0/W). That is our addition: muP wants output weights of
+  variance 1/fan_in², those of an MPLinear act with 1/fan_in, and only their gain starts at zero. Without the multiplier,
+  what the blocks learn along a row of them, and what the row itself learns, would reach the output × sqrt(W/W0).
 
-Hidden are weights whose fan_in grows with the width: all linear layers but those of patches and output (here also the noise
-level comes in as W features). Heads should grow with the width, each keeping its size.
+Hidden are weights whose fan_in and fan_out both grow with the width: all linear layers but those of patches and output (here
+also the noise level comes in as W features). Heads should grow with the width, each keeping its size.
+
+The coordinate check: how much do a few steps change what each block puts out for a fixed batch? With muP that should not depend
+on the width. Its learning rates are low, so that changes still add up: once nothing is left of what a magnitude-preserving
+block put out before, the change is sqrt(2) and says no more about width.
 
 Sources: [DiT-muP] Zheng et al. 2025, arXiv 2505.15270; [EDM2] Karras et al. 2024, arXiv 2312.02696.
 """
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -86,10 +91,12 @@ def block_changes(config, dataset, steps):
         indices = batch_indices(len(dataset), config.seed, step * config.batch, config.batch)
         return draw_batch(config, dataset, dataset.images[indices], dataset.labels[indices], step, slice(0, config.batch), torch.device("cpu"))
 
+    images, labels, sigma, noise = draw(steps)
+
     def look():
         outputs.clear()
         with torch.no_grad():
-            edm2_loss(denoiser, denoiser.uncertainty, *draw(steps))
+            denoiser(images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
         return list(outputs)
 
     before = look()
@@ -100,33 +107,48 @@ def block_changes(config, dataset, steps):
     return [(a - b).square().mean().sqrt().item() for a, b in zip(look(), before)]
 
 
+def coordinate_check(widths, steps, seeds, path):
+    """For both families, without and with muP, print by how much blocks and output change at each width, and plot the last block."""
+    dataset, curves = load_dataset("digits"), {}
+    for block, learning_rate in (("plain", 0.0003), ("mp", 0.002)):
+        for variant, Class in (("without", DiTConfig), ("with muP", Config)):
+            changes = []
+            print(f"\n{block} {variant}".ljust(21) + "  block 1  block 2  block 3  block 4   output", flush=True)
+            for width in widths:
+                more = {"base_width": widths[0]} if Class is Config else {}
+                model = Class(block=block, width=width, heads=width // 32, depth=4, **more).fit(8, 1, 10)
+                configs = [TrainConfig(seed=seed, learning_rate=learning_rate, model=model) for seed in range(seeds)]
+                changes.append(np.mean([block_changes(config, dataset, steps) for config in configs], axis=0))
+                print(f"width {width}".ljust(20) + "".join(f"{change:9.4f}" for change in changes[-1]), flush=True)
+            slopes = np.polyfit(np.log(widths), np.log(changes), 1)[0]
+            print("slope in log-log".ljust(20) + "".join(f"{slope:9.2f}" for slope in slopes), flush=True)
+            curves[f"{block} {variant}"] = [math.log2(change[-2] / changes[0][-2]) for change in changes]
+    doublings = [math.log2(width / widths[0]) for width in widths]
+    save_plot(doublings, curves, ("doublings of the width", "doublings of the last block's change"), path)
+    print(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="multiples of 32, the first being the base")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="multiples of 32, growing, the first being the base (default: 64 128 256)")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps before looking (default: 20)")
     parser.add_argument("--seeds", type=int, default=8, help="runs to average over (default: 8)")
     parser.add_argument("--out", type=Path, default=Path("out/mup.png"), help="where the plot goes (default: out/mup.png)")
     args = parser.parse_args()
-    if len(set(args.widths)) < 2 or any(width < 32 or width % 32 for width in args.widths) or min(args.steps, args.seeds) < 1:
-        parser.error("needs two or more widths, multiples of 32, and at least one step and one seed")
-    dataset, curves = load_dataset("digits"), {}
     torch.set_num_threads(1)
-    for block, learning_rate in (("plain", 0.0003), ("mp", 0.003)):
-        for variant, Class in (("without", DiTConfig), ("with muP", Config)):
-            table = []
-            print(f"\n{block} {variant}".ljust(21) + "  block 1  block 2  block 3  block 4   output", flush=True)
-            for width in args.widths:
-                more = {"base_width": args.widths[0]} if Class is Config else {}
-                model = Class(block=block, width=width, heads=width // 32, depth=4, **more).fit(8, 1, 10)
-                config = TrainConfig(learning_rate=learning_rate, model=model)
-                table.append(np.mean([block_changes(replace(config, seed=seed), dataset, args.steps) for seed in range(args.seeds)], axis=0))
-                print(f"width {width}".ljust(20) + "".join(f"{change:9.4f}" for change in table[-1]), flush=True)
-            table = np.array(table)                                         # (widths, blocks and output)
-            slopes = np.polyfit(np.log(args.widths), np.log(table), 1)[0]
-            print("slope".ljust(20) + "".join(f"{slope:9.2f}" for slope in slopes), flush=True)
-            curves[f"{block} {variant}"] = np.log2(table[:, -2] / table[0, -2])
-    save_plot(args.widths, curves, ("width", "change of the last block's output, doublings since the base width"), args.out)
-    print(args.out)
+    try:
+        if len(args.widths) < 2 or args.widths != sorted(set(args.widths)) or any(width < 32 or width % 32 for width in args.widths):
+            raise ValueError("--widths: must be two or more multiples of 32, growing")
+        if args.steps < 2 or args.seeds < 1:                                # the first step moves nothing but the output
+            raise ValueError("needs at least two steps and one seed")
+        args.out.parent.mkdir(parents=True, exist_ok=True)                  # now rather than after all the work
+        if args.out.suffix != ".png" or args.out.is_dir():
+            raise ValueError(f"--out: {args.out} is not the name of a .png file")
+        coordinate_check(args.widths, args.steps, args.seeds, args.out)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Config(DiTConfig):
         if self.skip_scaling not in SCALINGS:
             raise ValueError(f"skip_scaling: {self.skip_scaling!r} is not one of {', '.join(SCALINGS)}")
         if not 0 < self.kappa <= 1:
-            raise ValueError(f"kappa: {self.kappa} is not between 0 and 1")
+            raise ValueError(f"kappa: {self.kappa} is not above 0 and at most 1")
         if self.depth < 2:
             raise ValueError(f"depth: {self.depth} is too little for a skip")
 
@@ -80,6 +80,12 @@ class LongSkipDiT(DiT):
             tokens = (config.image_size // config.patch) ** 2
             self.scales = nn.ModuleList(LearnedScale(tokens) for _ in range(1 if config.skip_shared else skips))
 
+    @property
+    def rates(self):
+        """The networks of learned factors are plain ones, for which a magnitude-preserving network's rate is too high: a tenth of it."""
+        learned = self.config.block == "mp" and self.config.skip_scaling == "learned"
+        return dict.fromkeys(self.scales.parameters(), 0.1) if learned else {}
+
     def scale(self, i, skip):
         """The factor on skip i, a number or (B, T, 1)."""
         if self.config.skip_scaling == "learned":
@@ -98,9 +104,9 @@ class LongSkipDiT(DiT):
             if partner < i:                                                 # in the second half
                 x = self.join(partner, x, skips[partner])
             x = block(x, cond)
-            if self.config.block == "mp" and i < len(self.joins):
-                x = normalize(x)
-            skips.append(x)
+            if i < len(self.joins):                                         # in the first half
+                x = normalize(x) if self.config.block == "mp" else x
+                skips.append(x)
         return x
 
 
@@ -118,8 +124,10 @@ def main():
             values = np.array([[line[name] for name in names] for line in lines if "loss" in line and line["step"] > args.after], dtype=float)
         except (OSError, ValueError, KeyError, TypeError):
             parser.error(f"{run}: has no log.jsonl of a training")
-        if len(values) < 3 or not np.isfinite(values).all():
-            parser.error(f"{run}: its log has {len(values)} lines after step {args.after}, or some that are not finite")
+        if len(values) < 3:
+            parser.error(f"{run}: its log has {len(values)} lines after step {args.after}, too few")
+        if not np.isfinite(values).all():
+            parser.error(f"{run}: its log has values that are not finite")
         spread = zip(values.std(0), np.diff(values, axis=0).std(0))
         print(f"{run.name:24}" + "".join(f"{over:10.4f}{change:8.4f}" for over, change in spread))
 
