@@ -41,7 +41,7 @@ from train import TrainConfig, build, draw_batch, optimizer_step
 
 @dataclass
 class Config(DiTConfig):
-    base_width: int = key(64, "the width that the learning rate was tuned at")
+    base_width: int = key(64, "the width that the learning rate was tuned at; let heads grow with the width")
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,7 +132,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="multiples of 32, growing, the first being the base (default: 64 128 256)")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps before looking (default: 20)")
-    parser.add_argument("--seeds", type=int, default=8, help="runs to average over (default: 8)")
+    parser.add_argument("--seeds", type=int, default=8, help="runs to average over; a slope from a single one may be off by 0.2 (default: 8)")
     parser.add_argument("--out", type=Path, default=Path("out/mup.png"), help="where the plot goes (default: out/mup.png)")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -116,8 +116,7 @@ def main():
     parser.add_argument("--after", type=int, default=50, help="leave out the first steps (default: 50)")
     args = parser.parse_args()
     names = {"token_rms_first": "first", "token_rms_middle": "middle", "token_rms_last": "last", "gradient_norm": "gradient"}
-    print("Token RMS after three blocks and norm of the gradient: standard deviation over training, and of the change from line to line")
-    print(" " * 24 + "".join(f"{short:>18}" for short in names.values()), flush=True)
+    rows = []
     for run in args.runs:
         try:
             lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -129,7 +128,9 @@ def main():
         if not np.isfinite(values).all():
             parser.error(f"{run}: its log has values that are not finite")
         spread = zip(values.std(0), np.diff(values, axis=0).std(0))
-        print(f"{run.name:24}" + "".join(f"{over:10.4f}{change:8.4f}" for over, change in spread))
+        rows.append(f"{run.name:24}" + "".join(f"{over:10.4f} ({change:.4f})" for over, change in spread))
+    print("Token RMS after three blocks and norm of the gradient: standard deviation over training (and of the change from line to line)")
+    print(" " * 24 + "".join(f"{short:>19}" for short in names.values()), *rows, sep="\n")
 
 
 if __name__ == "__main__":
