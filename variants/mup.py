@@ -53,7 +53,7 @@ class Config(DiTConfig):
 
 
 class MuDiT(DiT):
-    """The network of model.py, parametrised so that its best learning rate does not depend on its width."""
+    """The network of model.py, parametrised so that its best learning rate should not depend on its width."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -141,9 +141,9 @@ def main():
             raise ValueError("--widths: must be two or more multiples of 32, growing")
         if args.steps < 2 or args.seeds < 1:                                # the first step moves nothing but the output
             raise ValueError("needs at least two steps and one seed")
-        args.out.parent.mkdir(parents=True, exist_ok=True)                  # now rather than after all the work
         if args.out.suffix != ".png" or args.out.is_dir():
             raise ValueError(f"--out: {args.out} is not the name of a .png file")
+        args.out.parent.mkdir(parents=True, exist_ok=True)                  # now rather than after all the work
         coordinate_check(args.widths, args.steps, args.seeds, args.out)
     except ValueError as error:
         parser.error(str(error))

@@ -44,7 +44,7 @@ class Config(DiTConfig):
         if self.skip_scaling not in SCALINGS:
             raise ValueError(f"skip_scaling: {self.skip_scaling!r} is not one of {', '.join(SCALINGS)}")
         if not 0 < self.kappa <= 1:
-            raise ValueError(f"kappa: {self.kappa} is not above 0 and at most 1")
+            raise ValueError(f"kappa: {self.kappa} is not in (0, 1]")
         if self.depth < 2:
             raise ValueError(f"depth: {self.depth} is too little for a skip")
 
