@@ -387,7 +387,8 @@ def write_samples(config, dataset, ema, done):
     """A sample grid, always from the same seeds."""
     labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
     average = ema.averages[max(config.ema_stds)]
-    images = torch.cat(list(sample(average, dataset.stats, labels, range(len(labels)), batch=config.micro_batch or 100)))
+    batch = 4 * config.micro_batch or 100                                   # without gradients more fit
+    images = torch.cat(list(sample(average, dataset.stats, labels, range(len(labels)), batch)))
     save_images(images, labels, 10, samples_path(config, dataset, done))
 
 
