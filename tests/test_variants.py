@@ -246,16 +246,14 @@ def test_mup_scales_rates_initialisation_and_output_by_width():
     assert sorted(group["rate"] for group in optimizer.param_groups) == [0.5, 1.0]
 
 
-@pytest.mark.parametrize("block, learning_rate", [("plain", 0.0003), ("mp", 0.002)])
+@pytest.mark.parametrize("block, learning_rate", [("plain", 0.0003), ("mp", 0.01)])
 def test_coordinate_check(block, learning_rate):
     digits, slopes = load_dataset("digits"), {}
     for Class in (DiTConfig, mup.Config):
-        configs = [[TrainConfig(seed=seed, learning_rate=learning_rate, model=Class(**SMALL | dict(depth=2, width=width, heads=width // 32, block=block)))
-                    for seed in (0, 1)] for width in (64, 128)]
-        narrow, wide = (np.mean([mup.block_changes(config, digits, 10) for config in seeds], axis=0) for seeds in configs)
-        slopes[Class] = np.log2(wide / narrow)
-    assert np.abs(slopes[mup.Config][:-1]).max() < 0.2 and np.abs(slopes[mup.Config]).max() < 0.4       # two seeds are noisy, most for the output
-    assert (slopes[DiTConfig] - slopes[mup.Config]).min() > 0.3
+        changes = [mup.block_changes(TrainConfig(learning_rate=learning_rate, model=Class(**SMALL | dict(width=width, heads=width // 32, block=block))),
+                                     digits, 5) for width in (64, 128)]
+        slopes[Class] = np.log2(np.divide(*changes[::-1]))
+    assert np.abs(slopes[mup.Config]).max() < 0.15 and slopes[DiTConfig].min() > 0.25
 
 
 def test_training_applies_the_rates(tmp_path):
