@@ -1,11 +1,11 @@
-"""Magnitude-preserving layers: each keeps activations at RMS 1 by its own form, with nothing to learn or to measure.
+"""Magnitude-preserving layers: each maps inputs of RMS 1 to outputs of RMS 1 by construction, without learned or
+measured statistics. So neither activations nor weights grow in training, and a learning rate means the same everywhere.
 
-normalize and rotate do so exactly; mp_silu, mp_sum, mp_cat and the layers in expectation, for independent inputs of RMS 1.
-Two do not: attention averages tokens, so its result is the shorter the less they have in common; and modulation other
-than rotation is free to scale.
+normalize and rotate do so exactly, the others in expectation, for independent inputs. There are two exceptions:
+attention averages its values, which lowers their RMS, and scale, shift and gate modulation may change it.
 
 Sources: [EDM2] Karras et al. 2024, arXiv 2312.02696; [MaP-DiT] Bill et al. 2025, arXiv 2505.19122.
-Read this file first, then model.py. Torch only: copy what you need, each definition names what it leans on.
+Read this file first, then model.py. It needs torch only: copy what you like, each definition says which others it uses.
 
 Legend: B batch, T tokens, D width, H heads. Magnitude means RMS, sqrt(mean(x²)), over the last dimension.
 """
@@ -15,100 +15,70 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 
 # ---- functions ----
 
-class Normalize(torch.autograd.Function):
-    """normalize(x): scale the last dimension to RMS 1, x / sqrt(mean(x²) + eps²), the norm in float32 [EDM2, Eq. 47].
-
-    x: (..., D), float32 or a 16-bit type; the result has the same shape and dtype. eps = 1e-4 is an RMS: what lies well
-    below it stays small instead of being blown up. The gradient is written out, being much shorter than the derived one; there is no second.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) / math.sqrt(x.shape[-1])
-        inverse = (rms.square() + 1e-4**2).rsqrt().to(x.dtype)
-        y = x * inverse
-        ctx.save_for_backward(y, inverse)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        y, inverse = ctx.saved_tensors
-        along = (grad * y).mean(-1, keepdim=True)                           # the part of grad that points along y ...
-        return torch.addcmul(grad, y, along, value=-1).mul_(inverse)        # ... cannot change y
-
-
-normalize = Normalize.apply
+def normalize(x):
+    """Scale the last dimension to RMS 1: (..., D) -> (..., D), same dtype, the mean taken in float32 [EDM2, Eq. 47].
+    Why: this is what makes a vector's length carry no information. Rows of RMS far below 1e-4 stay small."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-8)
 
 
 def mp_silu(x):
-    """SiLU divided by its RMS response to unit-normal input [EDM2, Eq. 81]."""
-    return F.silu(x) * (1 / 0.596)
+    """SiLU divided by 0.596, its RMS for unit-normal input [EDM2, Eq. 81]. Why: SiLU alone shrinks what it gets."""
+    return F.silu(x) / 0.596
 
 
 def mp_sum(a, b, t):
-    """Weighted sum of two independent unit-magnitude tensors, again of unit magnitude [EDM2, Eq. 88].
-
-    t: weight of b, 0 to 1. Shapes broadcast.
-    """
+    """Weighted sum of two independent tensors of RMS 1, again of RMS 1 [EDM2, Eq. 88].
+    t: share of b, from 0 to 1. Shapes broadcast. Why: residual streams that only add grow with depth."""
     norm = math.sqrt((1 - t) ** 2 + t**2)
     return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
 
 
 def mp_cat(a, b, t=0.5):
-    """Concatenate along the last dimension so that b contributes a share t of the magnitude [EDM2, Eq. 103].
-
-    a: (..., Na), b: (..., Nb) -> (..., Na + Nb) with RMS 1 if a and b have RMS 1. t: a number, or a tensor that broadcasts.
-    """
+    """Concatenate (..., Na) and (..., Nb) to (..., Na + Nb), b with a share t of the magnitude [EDM2, Eq. 103].
+    t: a number, or a tensor that broadcasts. Why: without weights, the wider of the two would drown the other."""
     scale = ((a.shape[-1] + b.shape[-1]) / ((1 - t) ** 2 + t**2)) ** 0.5
     return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[-1])), b * (scale * t / math.sqrt(b.shape[-1]))], dim=-1)
 
 
-class Rotate(torch.autograd.Function):
-    """rotate(x, theta): turn the D channels, seen as D/2 planes (i, i + D/2), by the angles theta [MaP-DiT].
-
-    x: (..., D), theta: (..., D/2) in radians, broadcast against each other -> (..., D), the dtype of x, computed in
-    float32. Every norm stays as it is. The gradient is written out: for x it is the rotation by -theta; there is no second.
-    """
-
-    @staticmethod
-    def turn(x, cos, sin):
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], dim=-1).to(x.dtype)
-
-    @staticmethod
-    def forward(ctx, x, theta):
-        cos, sin = theta.float().cos(), theta.float().sin()
-        y = Rotate.turn(x, cos, sin)
-        ctx.save_for_backward(y, cos, sin)
-        ctx.x_shape, ctx.theta_shape, ctx.theta_dtype = x.shape, theta.shape, theta.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        y, cos, sin = ctx.saved_tensors
-        grad_x = Rotate.turn(grad, cos, -sin)
-        (ga, gb), (a, b) = grad.float().chunk(2, dim=-1), y.float().chunk(2, dim=-1)
-        grad_theta = (gb * a).addcmul_(ga, b, value=-1)                     # the cross product of y and grad, per plane
-        return grad_x.sum_to_size(ctx.x_shape), grad_theta.sum_to_size(ctx.theta_shape).to(ctx.theta_dtype)
+def rotate(x, theta):
+    """Turn the D channels of x, seen as D/2 planes (i, i + D/2), by the angles theta [MaP-DiT].
+    x: (..., D), theta: (..., D/2) in radians, broadcast against each other -> (..., D), dtype of x.
+    Why: it lets the conditioning change every token without changing any norm, for half the weights of a scale."""
+    cos, sin = theta.float().cos(), theta.float().sin()
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
-rotate = Rotate.apply
+def modulate(x, theta, scale, shift):
+    """What conditioning does to the input of a branch: scale, shift, rotate, in the order of the paper's code.
+    x: (B, T, D); the others (B, 1, D), theta (B, 1, D/2), or None for "leave it out". Uses: rotate."""
+    if scale is not None:
+        x = x * (1 + scale)
+    if shift is not None:
+        x = x + shift
+    if theta is not None:
+        x = rotate(x, theta)
+    return x
+
+
+def attention(q, k, v):
+    """softmax(q·kᵀ / sqrt(d))·v, each (B, H, T, d) -> (B, H, T, d).
+    Why written out on CPUs: there torch's fused attention is 2 to 10 times slower in the backward pass at up to 256
+    tokens, and has no second derivative. Elsewhere the fused one saves the memory of the (B, H, T, T) weights."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
 
 
 # ---- layers ----
 
 class MPFourier(nn.Module):
-    """Random Fourier features of a scalar, sqrt(2)·cos(2π(f·x + phi)), with f ~ N(0, 1), phi ~ U(0, 1) fixed [EDM2, Eq. 75].
-
-    (B,) -> (B, width), float32.
-    """
+    """Fourier features sqrt(2)·cos(2π(f·x + phi)) of a scalar, f ~ N(0, 1), phi ~ U(0, 1) fixed [EDM2, Eq. 75].
+    (B,) -> (B, width), float32. Why: a network reads a number far better from many waves than from its value."""
 
     def __init__(self, width):
         super().__init__()
@@ -120,33 +90,22 @@ class MPFourier(nn.Module):
 
 
 class MPLinear(nn.Module):
-    """Linear map without bias in which every row w acts as w/‖w‖ [EDM2, Eq. 47].
-
-    (..., fan_in) -> (..., fan_out), times `gain`, a number or a tensor that broadcasts with the result. The weight is
-    stored with rows of RMS 1. While training under forced weight normalization they are known to be there and used as
-    they are; otherwise, whatever is stored, they are normalised on the way.
-    """
-
-    forced = False  # set by force_weight_normalization()
+    """Linear map without bias in which each row w acts as w/‖w‖: (..., fan_in) -> (..., fan_out) [EDM2, Eq. 47].
+    Why: only the direction of a row acts, so its gradient has no part along the row. Stored rows may have any length;
+    force_weight_normalization() keeps it at RMS 1 during training."""
 
     def __init__(self, fan_in, fan_out):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(fan_out, fan_in), dim=1) * math.sqrt(fan_in))
 
-    def forward(self, x, gain=1.0):
-        fan_out, fan_in = self.weight.shape
-        weight = self.weight if self.forced and self.training else F.normalize(self.weight, dim=1) * math.sqrt(fan_in)
-        scale = gain / math.sqrt(fan_in)
-        if fan_in < fan_out and not torch.is_tensor(gain):
-            return F.linear(x * scale, weight)                              # scale the smaller side
-        return F.linear(x, weight) * scale
+    def forward(self, x):
+        w = self.weight
+        return F.linear(x, w * w.square().sum(1, keepdim=True).rsqrt())     # w/‖w‖
 
 
 class MPEmbedding(nn.Module):
-    """A table of unit-magnitude vectors, one per class. Leans on: normalize.
-
-    Integer labels (B,) in 0..count-1 -> (B, width). Normalised after the look-up, which is cheap, in every mode.
-    """
+    """A table of vectors of RMS 1, one per class: integer labels (B,) in 0..count-1 -> (B, width). Uses: normalize.
+    Why normalised after the look-up: the same result as before it, for B rows instead of all."""
 
     def __init__(self, count, width):
         super().__init__()
@@ -157,10 +116,8 @@ class MPEmbedding(nn.Module):
 
 
 class MPAttention(nn.Module):
-    """Multi-head cosine attention: q, k and v have RMS 1 per head, so no logit exceeds sqrt(D/H) [EDM2, MaP-DiT].
-    Leans on: normalize, MPLinear.
-
-    (B, T, D) -> (B, T, D), times `gain`; D must be divisible by heads.
+    """Multi-head cosine attention, (B, T, D) -> (B, T, D), heads divides D. Uses: normalize, attention, MPLinear.
+    Why cosine: with q and k at RMS 1 per head no logit exceeds sqrt(D/H), so attention cannot saturate [EDM2, MaP-DiT].
     """
 
     def __init__(self, width, heads):
@@ -169,99 +126,56 @@ class MPAttention(nn.Module):
         self.qkv = MPLinear(width, 3 * width)
         self.out = MPLinear(width, width)
 
-    def forward(self, x, gain=1.0):
+    def forward(self, x):
         qkv = normalize(self.qkv(x).unflatten(-1, (3, self.heads, -1)))     # (B, T, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each (B, H, T, D/H)
-        x = F.scaled_dot_product_attention(q, k, v)                         # softmax(q·k / sqrt(D/H)) v
-        return self.out(x.transpose(1, 2).flatten(2), gain)                 # (B, T, D)
+        x = attention(*qkv.permute(2, 0, 3, 1, 4))                          # (B, H, T, D/H)
+        return self.out(x.transpose(1, 2).flatten(2))                       # (B, T, D)
 
 
 class MPMLP(nn.Module):
-    """Two magnitude-preserving linears around a SiLU. Leans on: mp_silu, MPLinear.
-
-    (..., D) -> (..., D), times `gain`.
-    """
+    """Two magnitude-preserving linears around a SiLU, (..., D) -> (..., D). Uses: MPLinear.
+    Why: it is where a transformer computes on each token by itself."""
 
     def __init__(self, width, hidden):
         super().__init__()
         self.up = MPLinear(width, hidden)
         self.down = MPLinear(hidden, width)
 
-    def forward(self, x, gain=1.0):
-        return self.down(F.silu(self.up(x)), gain / 0.596)                  # mp_silu, its constant moved past the linear
+    def forward(self, x):
+        return self.down(F.silu(self.up(x))) / 0.596                        # mp_silu, its constant after the linear
 
 
 class Modulation(nn.Module):
-    """Lets a conditioning vector act on a branch of the network [MaP-DiT]. Leans on: rotate, MPLinear.
-
-    kinds: any subset of "rotate" (turn the channels), "scale" (x·(1 + s)) and "shift" (x + b), applied to what enters
-    the branch in this order, and "gate" ((1 + g)·branch) for what leaves it. Every kind has its own learned gain, zero
-    at first: an untrained modulation does nothing.
-
-    forward(x, cond, branch): x (B, T, D), cond (B, D) -> branch(x), where branch is one of the layers above or anything
-    else that can be called as branch(x) or, for a gate, as branch(x, gain) with a gain (B, 1, D) on its result.
-    """
+    """From the conditioning, what modulate() and the gate of one branch need [MaP-DiT]. Uses: MPLinear.
+    cond (B, D) -> theta (B, 1, D/2), scale, shift, gate (B, 1, D), float32. kinds: any of KINDS; for the others theta,
+    scale and shift are None and gate is 0, so that every block may write (1 + gate)·branch.
+    Why a learned gain for each kind, zero at first: an untrained modulation does nothing."""
 
     KINDS = ("rotate", "scale", "shift", "gate")
 
     def __init__(self, width, kinds):
         super().__init__()
-        if unknown := set(kinds) - set(self.KINDS):
-            raise ValueError(f"modulation: {sorted(unknown)[0]!r} is not one of {', '.join(self.KINDS)}")
-        self.kinds = [kind for kind in self.KINDS if kind in kinds]
-        if not self.kinds:
-            return
-        self.sizes = [width // 2 if kind == "rotate" else width for kind in self.kinds]
-        self.linear = MPLinear(width, sum(self.sizes))
-        self.gain = nn.Parameter(torch.zeros(len(self.kinds)))
+        self.sizes = {kind: width // 2 if kind == "rotate" else width for kind in self.KINDS if kind in kinds}
+        if self.sizes:
+            self.linear = MPLinear(width, sum(self.sizes.values()))
+            self.gain = nn.Parameter(torch.zeros(len(self.sizes)))
 
-    def forward(self, x, cond, branch):
-        if not self.kinds:
-            return branch(x)
-        gain = torch.cat([gain.expand(size) for gain, size in zip(self.gain, self.sizes)])
-        values = self.linear(cond, gain)[:, None].split(self.sizes, dim=-1)         # one (B, 1, D or D/2) per kind
-        value = dict(zip(self.kinds, values))
-        if "rotate" in value:
-            x = rotate(x, value["rotate"])
-        if "scale" in value:
-            x = x * (1 + value["scale"])
-        if "shift" in value:
-            x = x + value["shift"]
-        return branch(x, 1 + value["gate"]) if "gate" in value else branch(x)
+    def forward(self, cond):
+        value = {"rotate": None, "scale": None, "shift": None, "gate": 0.0}
+        if self.sizes:                                                      # float: 1 + scale needs more than bfloat16
+            values = self.linear(cond).float()[:, None].split(list(self.sizes.values()), dim=-1)
+            value |= {kind: gain * x for kind, gain, x in zip(self.sizes, self.gain, values)}
+        return value["rotate"], value["scale"], value["shift"], value["gate"]
 
 
 # ---- forced weight normalization ----
 
-def mp_weights(model):
-    """The weights of all magnitude-preserving layers of a model."""
-    return [module.weight for module in model.modules() if isinstance(module, (MPLinear, MPEmbedding))]
-
-
+@torch.no_grad()
 def force_weight_normalization(model):
-    """Promise the layers of `model` that their weights sit at RMS 1 while it trains [EDM2, Eq. 66]. Returns the weights.
-
-    Normalising a row that is at RMS 1 changes nothing, and its gradient is the plain one less the part along the row. So
-    in train mode linear layers skip the normalization, and both halves are made good around every optimizer step:
-
-        loss.backward(); project_gradients(weights); optimizer.step(); normalize_weights(weights)
-    """
+    """Put every row of the MPLinear and MPEmbedding weights in `model` back to RMS 1, in place [EDM2, Eq. 66].
+    Call it after every optimizer step. Why: a step perpendicular to a row always lengthens the row, and the longer it
+    is, the less the next step turns it. Rows put back to one length turn at the rate of the learning rate schedule."""
     for module in model.modules():
-        if isinstance(module, MPLinear):
-            module.forced = True
-    return mp_weights(model)
-
-
-@torch.no_grad()
-def project_gradients(weights):
-    """Remove from each row's gradient its part along the row: the gradient through `normalize` at RMS 1 [EDM2, Eq. 47]."""
-    for weight in weights:
-        along = (weight.grad * weight).mean(1, keepdim=True)
-        weight.grad.addcmul_(weight, along, value=-1)
-
-
-@torch.no_grad()
-def normalize_weights(weights):
-    """Put every row of every weight back to RMS 1, in place [EDM2, Eq. 66]."""
-    for weight in weights:
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp(min=1e-12)
-        weight.mul_(math.sqrt(weight.shape[1]) / norm)
+        if isinstance(module, (MPLinear, MPEmbedding)):
+            w = module.weight
+            w.mul_(math.sqrt(w.shape[1]) / w.norm(dim=1, keepdim=True))

@@ -5,91 +5,136 @@ Sources: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122; [DiT] Peebles & Xie 2023,
 Read layers.py before, train.py after. Both families have the same three parts, input, block and output, written one
 under the other so that they can be compared line by line.
 
-Legend: B batch, C channels, P patch, T tokens, D width, H heads.
+Where this differs from the papers' public code:
+
+| there                                                   | here, and why                                            |
+|---------------------------------------------------------|----------------------------------------------------------|
+| MaP-DiT: q and k normalised                             | q, k and v, as in EDM2: no token's value may dominate    |
+| MaP-DiT: position embedding less its mean, then RMS 1   | RMS 1, as its text has it                                |
+| MaP-DiT: noise level by 256 features and two linears    | `width` features and one linear, as in EDM2              |
+| MaP-DiT: DDPM, 1000 steps, learned variance             | EDM2's loss for both families: only the networks differ  |
+| MaP-DiT: EMA lerps by beta                              | by 1 - beta; theirs stays close to the raw weights       |
+| EDM2: eps = 1e-4 is added to the RMS                    | its square to the mean square: then it is F.rms_norm     |
+| EDM2: weights are forced back in the forward pass       | after the step: the same update, and forward stays pure  |
+| EDM2: the first step of the warm-up has rate 0          | one part of warmup_steps + 1                             |
+
+Legend: B batch, C channels, P patch, T tokens, D width.
 """
 
 import importlib.util
 import math
-from dataclasses import dataclass, field, replace
+import sys
+import typing
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, mp_silu, mp_sum, normalize
+from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention, modulate, mp_silu,
+                    mp_sum, normalize)
+
+
+# ---- configuration ----
 
 SIZES = {"XS": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
-def key(default, doc):
-    """A documented configuration key: a dataclass field that `train.py --help` can list."""
-    return field(default=default, metadata={"doc": doc})
+def key(default, doc, low=None, high=None, choices=None):
+    """A documented configuration key: a dataclass field with the bounds of its numbers, or the words it may hold."""
+    return field(default=default, metadata={"doc": doc, "bounds": (low, high, choices)})
+
+
+def check_value(value, kind, low, high, choices):
+    """`value` as type `kind`, within its bounds. Raises ValueError that says what it must be.
+    Why one function: command lines, TOML files and snapshots all pass through it, so a bad value is one clear line."""
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError(f"must be a list, not {repr(value)[:60]}")
+        return tuple(check_value(item, kind.__args__[0], low, high, choices) for item in value)
+    if choices:
+        good, what = isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
+    elif kind is str:
+        good, what = isinstance(value, str) and value.isprintable(), "a text of printable characters"
+    elif kind is bool:
+        good, what = isinstance(value, bool), "true or false"
+    else:
+        good = type(value) in (int, kind) and low <= value <= high          # False for nan
+        what = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
+    if not good:
+        raise ValueError(f"must be {what}, not {repr(value)[:60]}")
+    return kind(value)
+
+
+def check_keys(config):
+    """Check every key of a configuration, in place. Raises ValueError that begins with the name of the key."""
+    for f in fields(config):
+        if "bounds" in f.metadata:
+            try:
+                setattr(config, f.name, check_value(getattr(config, f.name), f.type, *f.metadata["bounds"]))
+            except ValueError as error:
+                raise ValueError(f"{f.name}: {error}") from None
 
 
 @dataclass
 class DiTConfig:
     """Everything needed to build the network. Raises ValueError, in one line, for values that cannot work together."""
 
-    block: str = key("mp", "family: mp (magnitude-preserving) or plain (adaLN-Zero)")
-    size: str = key("S", "XS, S, B, L or XL: depth, width and heads by name")
-    depth: int = key(0, "number of blocks (0: as size says)")
-    width: int = key(0, "channels of a token (0: as size says)")
-    heads: int = key(0, "attention heads (0: as size says)")
-    patch: int = key(2, "side in pixels of the square patches, one token each")
+    block: str = key("mp", "family: mp (magnitude-preserving) or plain (adaLN-Zero)", choices=("mp", "plain"))
+    size: str = key("S", "depth, width and heads by name: XS, S, B, L or XL", choices=tuple(SIZES))
+    depth: int = key(0, "number of blocks (0: as size says)", 0, 1000)
+    width: int = key(0, "channels of a token (0: as size says)", 0, 16384)
+    heads: int = key(0, "attention heads (0: as size says)", 0, 1024)
+    patch: int = key(2, "side in pixels of the square patches, one token each", 1, 1024)
     modulation: tuple[str, ...] = key(("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of "
-                                      "rotate, scale, shift, gate (a plain block is always adaLN-Zero)")
-    label_dropout: float = key(0.1, "share of training images shown with the null label")
-    image_size: int = key(0, "side of the square images (0: as the dataset says)")
-    channels: int = key(0, "channels of the images (0: as the dataset says)")
-    num_classes: int = key(-1, "number of labels (-1: as the dataset says, 0: unconditional)")
+                                      "rotate, scale, shift, gate (a plain block is always adaLN-Zero)",
+                                      choices=Modulation.KINDS)
+    label_dropout: float = key(0.1, "share of training images shown with the null label", 0, 1)
+    image_size: int = key(0, "side of the square images (0: as the dataset says)", 0, 8192)
+    channels: int = key(0, "channels of the images (0: as the dataset says)", 0, 1024)
+    num_classes: int = key(-1, "number of labels (-1: as the dataset says, 0: unconditional)", -1, 10**6)
 
     def __post_init__(self):
-        if self.block not in FAMILIES:
-            raise ValueError(f"block: {self.block!r} is neither mp nor plain")
-        if self.size not in SIZES:
-            raise ValueError(f"size: {self.size!r} is not one of {', '.join(SIZES)}")
-        for name, value in zip(("depth", "width", "heads"), SIZES[self.size]):
-            setattr(self, name, getattr(self, name) or value)
-        for name in ("depth", "width", "heads", "patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not positive")
-        if self.width % self.heads:
-            raise ValueError(f"width: {self.width} is not divisible by heads = {self.heads}")
-        if self.width % 4:
-            raise ValueError(f"width: {self.width} is not divisible by 4 (the position embedding needs it)")
-        if self.image_size % self.patch:
-            raise ValueError(f"patch: image_size = {self.image_size} is not divisible by {self.patch}")
-        if not self.modulation:
-            raise ValueError(f"modulation: name at least one of {', '.join(Modulation.KINDS)}")
-        for kind in self.modulation:
-            if kind not in Modulation.KINDS:
-                raise ValueError(f"modulation: {kind!r} is not one of {', '.join(Modulation.KINDS)}")
+        check_keys(self)
+        depth, width, heads = SIZES[self.size]
+        self.depth, self.width, self.heads = self.depth or depth, self.width or width, self.heads or heads
         self.modulation = tuple(kind for kind in Modulation.KINDS if kind in self.modulation)
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"label_dropout: {self.label_dropout} is not between 0 and 1")
+        for name, fits, problem in (
+                ("width", self.width % self.heads == 0, f"{self.width} is not divisible by heads = {self.heads}"),
+                ("width", self.width % 4 == 0, f"{self.width} is not divisible by 4, as the position embedding needs"),
+                ("patch", self.image_size % self.patch == 0, f"{self.patch} does not divide side {self.image_size}"),
+                ("patch", self.tokens <= 2**16, f"{self.patch} makes {self.tokens:,} tokens, more than 65,536")):
+            if not fits:
+                raise ValueError(f"{name}: {problem}")
+
+    @property
+    def tokens(self):
+        return (self.image_size // self.patch) ** 2
 
     def network(self):
-        """What this configures; the configuration of a variant returns its own."""
+        """The network that this configures; the configuration of a variant returns its own."""
         return DiT(self)
 
-    def fit(self, image_size, channels, num_classes):
+    def for_data(self, image_size, channels, num_classes):
         """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""
         facts = {"image_size": image_size, "channels": channels, "num_classes": num_classes if self.num_classes else 0}
         for name, fact in facts.items():
             if getattr(self, name) not in (fact, 0, -1):
-                raise ValueError(f"model.{name}: {getattr(self, name)}, but the dataset has {fact}")
-        try:
-            return replace(self, **facts)
-        except ValueError as error:
-            raise ValueError(f"model.{error}") from None
+                raise ValueError(f"{name}: {getattr(self, name)}, but the dataset has {fact}")
+        return replace(self, **facts)
 
 
 def config_class(variant=""):
-    """The class that configures the network: DiTConfig, or Config of variants/<variant>.py. Raises ValueError if there is none."""
-    if variant and not (str(variant).isidentifier() and importlib.util.find_spec(f"variants.{variant}")):
-        raise ValueError(f"variant: there is no variants/{variant}.py")
-    return importlib.import_module(f"variants.{variant}").Config if variant else DiTConfig
+    """The class that configures the network: DiTConfig, or Config of variants/<variant>.py."""
+    if not variant:
+        return DiTConfig
+    if not (str(variant).isidentifier() and importlib.util.find_spec(f"variants.{variant}")):
+        raise ValueError(f"variant: there is no variants/{str(variant)[:60]}.py")
+    return importlib.import_module(f"variants.{variant}").Config
 
+
+# ---- the magnitude-preserving family [MaP-DiT]: no LayerNorm, no biases ----
 
 def position_embedding(width, grid):
     """Fixed 2-D sine-cosine embedding [DiT]: (grid², width), half of the channels for each axis."""
@@ -98,8 +143,6 @@ def position_embedding(width, grid):
     axis = torch.cat([angles.sin(), angles.cos()], dim=-1)                  # (grid, D/2)
     return torch.cat([axis[:, None].expand(grid, grid, -1), axis.expand(grid, grid, -1)], dim=-1).flatten(0, 1)
 
-
-# ---- the magnitude-preserving family [MaP-DiT]: no LayerNorm, no biases ----
 
 class MPInput(nn.Module):
     """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D)."""
@@ -125,14 +168,16 @@ class MPBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.modulate1 = Modulation(config.width, config.modulation)
+        self.modulation1 = Modulation(config.width, config.modulation)
         self.attention = MPAttention(config.width, config.heads)
-        self.modulate2 = Modulation(config.width, config.modulation)
+        self.modulation2 = Modulation(config.width, config.modulation)
         self.mlp = MPMLP(config.width, 4 * config.width)
 
     def forward(self, x, cond):
-        x = mp_sum(x, self.modulate1(x, cond, self.attention), t=0.3)
-        x = mp_sum(x, self.modulate2(x, cond, self.mlp), t=0.3)
+        theta1, scale1, shift1, gate1 = self.modulation1(cond)
+        theta2, scale2, shift2, gate2 = self.modulation2(cond)
+        x = mp_sum(x, (1 + gate1) * self.attention(modulate(x, theta1, scale1, shift1)), t=0.3)
+        x = mp_sum(x, (1 + gate2) * self.mlp(modulate(x, theta2, scale2, shift2)), t=0.3)
         return x
 
 
@@ -141,29 +186,30 @@ class MPOutput(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.modulate = Modulation(config.width, set(config.modulation) - {"gate"})
+        self.modulation = Modulation(config.width, set(config.modulation) - {"gate"})
         self.linear = MPLinear(config.width, config.channels * config.patch**2)
         self.gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, cond):
-        return self.modulate(x, cond, lambda x: self.linear(x, self.gain))
+        theta, scale, shift, _ = self.modulation(cond)
+        return self.gain * self.linear(modulate(x, theta, scale, shift))
 
 
 # ---- the plain family [DiT]: LayerNorm, biases, adaLN-Zero ----
 
 class PlainInput(nn.Module):
     """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D).
-
     DiT's timestep sinusoids assume integer times; continuous noise levels enter by the same Fourier features as above.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.patch = nn.Linear(config.channels * config.patch**2, config.width)
-        self.fourier = MPFourier(config.width)
-        self.noise = nn.Sequential(nn.Linear(config.width, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
-        self.label = nn.Embedding(config.num_classes + 1, config.width)
-        position = position_embedding(config.width, config.image_size // config.patch)
+        D = config.width
+        self.patch = nn.Linear(config.channels * config.patch**2, D)
+        self.fourier = MPFourier(D)
+        self.noise = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.label = nn.Embedding(config.num_classes + 1, D)
+        position = position_embedding(D, config.image_size // config.patch)
         self.register_buffer("position", position, persistent=False)
 
     def forward(self, patches, c_noise, labels):
@@ -183,9 +229,9 @@ class PlainAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # each (B, H, T, D/H)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.out(x.transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # (B, T, 3, H, D/H)
+        x = attention(*qkv.permute(2, 0, 3, 1, 4))                          # (B, H, T, D/H)
+        return self.out(x.transpose(1, 2).flatten(2))                       # (B, T, D)
 
 
 class PlainBlock(nn.Module):
@@ -193,16 +239,16 @@ class PlainBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(config.width, 6 * config.width)
-        self.attention = PlainAttention(config.width, config.heads)
-        self.mlp = nn.Sequential(nn.Linear(config.width, 4 * config.width), nn.GELU(approximate="tanh"),
-                                 nn.Linear(4 * config.width, config.width))
+        D = config.width
+        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(D, 6 * D)
+        self.attention = PlainAttention(D, config.heads)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
 
     def forward(self, x, cond):
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(cond)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm(x) * (1 + scale1) + shift1)
-        x = x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attention(modulate(self.norm(x), None, scale1, shift1))
+        x = x + gate2 * self.mlp(modulate(self.norm(x), None, scale2, shift2))
         return x
 
 
@@ -217,7 +263,7 @@ class PlainOutput(nn.Module):
 
     def forward(self, x, cond):
         scale, shift = self.modulation(cond)[:, None].chunk(2, dim=-1)
-        return self.linear(self.norm(x) * (1 + scale) + shift)
+        return self.linear(modulate(self.norm(x), None, scale, shift))
 
 
 def init_plain(net):
@@ -238,12 +284,10 @@ FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock
 
 
 class DiT(nn.Module):
-    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes is null.
+    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes: null.
+    parts: the classes of input, block and output, if they are not those of the configured family."""
 
-    parts: the classes of input, block and output, if they are not those of the configured family.
-    """
-
-    rates = {}          # {parameter: factor on its learning rate}, where a variant wants another than 1
+    lr_scale = {}       # {parameter: factor on its learning rate}, where a variant wants another than 1
 
     def __init__(self, config, parts=None):
         super().__init__()
@@ -257,15 +301,15 @@ class DiT(nn.Module):
         if config.block == "plain":
             init_plain(self)
 
-    def middle(self, x, cond):
-        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). What a variant overrides."""
+    def run_blocks(self, x, cond):
+        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). This is what a variant overrides."""
         for block in self.blocks:
             x = block(x, cond)
         return x
 
-    def extra_loss(self, teacher, images, seed):
-        """What a variant adds to the loss of the forward pass just made, for clean `images`. teacher: an average of the denoiser;
-        seed: a tuple of integers, different for each step and micro-batch."""
+    def extra_loss(self, teacher, images, generator):
+        """What a variant adds to the loss (a mean over images) after each forward pass of training; 0 by default.
+        teacher: an average of the denoiser; images: clean ones (B, C, S, S); generator: for any random numbers."""
         return 0.0
 
     def forward(self, x, c_noise, labels):
@@ -274,7 +318,7 @@ class DiT(nn.Module):
         x = x.unflatten(3, (grid, P)).unflatten(2, (grid, P))               # (B, C, grid, P, grid, P)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)            # (B, T, C·P²)
         x, cond = self.input(x, c_noise, labels)                            # (B, T, D), (B, D)
-        x = self.output(self.middle(x, cond), cond)                         # (B, T, C·P²)
+        x = self.output(self.run_blocks(x, cond), cond)                     # (B, T, C·P²)
         x = x.unflatten(2, (-1, P, P)).unflatten(1, (grid, grid))           # (B, grid, grid, C, P, P)
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)         # (B, C, S, S)
 
@@ -284,8 +328,8 @@ class Denoiser(nn.Module):
 
     forward(x, sigma, labels=None): noisy images (B, C, S, S) whose clean part has standard deviation 0.5, noise levels
     () or (B,), labels (B,) int64, None or num_classes for unconditional -> denoised images (B, C, S, S), float32.
-    On GPUs that have bfloat16 the network runs in it; everything around it stays in float32.
-    """
+    Why: the network always sees and predicts unit variance, whatever the noise level. On GPUs that have bfloat16 its
+    products run in it; the residual stream, modulation values and everything around the network stay in float32."""
 
     sigma_data = 0.5
 
@@ -308,15 +352,14 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * out.float()
 
     def uncertainty(self, sigma):
-        """u(sigma), the learned log-variance of the loss at each noise level: (B,) -> (B,)."""
+        """u(sigma), the learned log-variance of the loss at each noise level: (B,) -> (B,).
+        Why: exp(u) divides the loss, so that no noise level dominates the gradient. Sampling does not use it."""
         return self.u_linear(self.u_fourier(sigma.log() / 4))[:, 0]
 
 
 def edm2_loss(model, uncertainty, images, labels, sigma, noise):
-    """lambda(sigma) / exp(u(sigma)) · (D - y)² + u(sigma), averaged [EDM2, Eq. 14-16, 21].
-
-    model(x, sigma, labels): the denoiser, perhaps wrapped. uncertainty(sigma): its u.
-    """
+    """lambda(sigma) / exp(u(sigma)) · (D - y)² + u(sigma), mean over images, channels and pixels [EDM2, Eq. 14-16, 21].
+    model(x, sigma, labels): the denoiser, perhaps wrapped. uncertainty(sigma): its u."""
     s = sigma.view(-1, 1, 1, 1)
     weight = (s**2 + Denoiser.sigma_data**2) / (s * Denoiser.sigma_data) ** 2
     u = uncertainty(sigma).view(-1, 1, 1, 1)
@@ -326,7 +369,8 @@ def edm2_loss(model, uncertainty, images, labels, sigma, noise):
 
 @torch.no_grad()
 def magnitudes(denoiser, x, sigma, labels):
-    """Mean token RMS after the first, middle and last block for a batch of noisy images, and RMS of all weight matrices."""
+    """Mean token RMS after the first, middle and last block for a batch of noisy images, and RMS of the weights.
+    Why: the paper's claim is that these stay near 1 by themselves; the log shows whether they do."""
     blocks, rms = denoiser.net.blocks, {}
 
     def watch(name):
@@ -334,10 +378,11 @@ def magnitudes(denoiser, x, sigma, labels):
 
     hooks = [block.register_forward_hook(watch(f"token_rms_{name}"))
              for name, block in (("first", blocks[0]), ("middle", blocks[len(blocks) // 2]), ("last", blocks[-1]))]
-    with torch.compiler.set_stance("force_eager"):                          # a compiled network would not call the hooks
+    compiled = "torch._dynamo" in sys.modules                               # and compiled code would not call the hooks
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         denoiser(x, sigma, labels)
     for hook in hooks:
         hook.remove()
     matrices = [p for p in denoiser.parameters() if p.ndim == 2]
-    square_sum = torch.stack(torch._foreach_norm(matrices)).square().sum().item()
-    return rms | {"weight_rms": math.sqrt(square_sum / sum(p.numel() for p in matrices))}
+    norm = torch.nn.utils.get_total_norm(matrices).item()
+    return rms | {"weight_rms": norm / math.sqrt(sum(p.numel() for p in matrices))}

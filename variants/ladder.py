@@ -3,18 +3,20 @@
     python train.py --config=configs/ladder.toml --model.rung=E
 
     A  plain: the adaLN-Zero DiT of model.py
-    B  + cosine attention: q, k and v at RMS 1 per head
-    C  + weight normalization: each row of a linear acts as a unit vector, without bias; gains of 0 stand in for weights of 0
-    D  + forced weight normalization: and stays there
-    E  + mp residual: branches join by mp_sum, t = 0.3, and a gate is 1 + g instead of g
-    F  + mp SiLU: in the MLP, where it was GELU, and in the conditioning
+    B  + cosine attention: q, k and v have RMS 1 per head
+    C  + weight normalization: each row of a linear acts as a unit vector, and there are no biases;
+         where rung B starts with weights of 0, a learned gain starts at 0 instead
+    D  + forced weight normalization: the stored rows are put back to RMS 1 after every step
+    E  + mp residual: branches are added by mp_sum with t = 0.3, and a gate is 1 + g instead of g
+    F  + mp SiLU: it replaces GELU in the MLP and SiLU in the conditioning
     G  - LayerNorm
-    H  + mp position encoding: scaled to RMS 1 and joined by mp_sum, t = 0.5
-    I  + mp embedding: noise level and label at RMS 1, joined by mp_sum, t = 0.5: the magnitude-preserving DiT of model.py
+    H  + mp position encoding: it is scaled to RMS 1 and added by mp_sum with t = 0.5
+    I  + mp embedding: noise level and label have RMS 1 and are added by mp_sum with t = 0.5;
+         this is the magnitude-preserving DiT of model.py
 
-Source: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122. The steps are the paper's; what a step takes along with it (biases at
-C, gates at E, the second noise layer at I) is our choice. Conditioning scales, shifts and gates on all rungs. Read it beside
-model.py, whose two families are the ends of the ladder.
+Source: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122. The steps are the paper's. Three changes that a step needs are our
+choice: C drops the biases, E changes the gates, and I drops the second noise layer. The conditioning scales, shifts and
+gates on all rungs. Read this file beside model.py: its two families are the ends of the ladder.
 
 Legend: B batch, C channels, P patch, T tokens, D width.
 """
@@ -26,23 +28,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, mp_silu, mp_sum, normalize
+from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention, modulate, mp_silu,
+                    mp_sum, normalize)
 from model import DiT, DiTConfig, PlainAttention, key, position_embedding
-
-RUNGS = list("ABCDEFGHI")
-
 
 @dataclass
 class Config(DiTConfig):
-    rung: str = key("I", "how far up the ladder, A (plain) to I (magnitude-preserving)")
-    modulation: tuple[str, ...] = key(("scale", "shift", "gate"), "scale, shift and gate, as on all rungs")
+    rung: str = key("I", "how far up the ladder, A (plain) to I (magnitude-preserving)", choices=tuple("ABCDEFGHI"))
+    modulation: tuple[str, ...] = key(("scale", "shift", "gate"), "scale, shift and gate, as on all rungs",
+                                      choices=("scale", "shift", "gate"))
 
     def __post_init__(self):
         super().__post_init__()
         if self.block != "mp":
             raise ValueError("block: leave it out, the rung decides")
-        if self.rung not in RUNGS:
-            raise ValueError(f"rung: {self.rung!r} is not one of {', '.join(RUNGS)}")
         if self.modulation != ("scale", "shift", "gate"):
             raise ValueError("modulation: must be scale, shift and gate, which is what adaLN has")
 
@@ -55,41 +54,43 @@ class Config(DiTConfig):
         return net
 
 
-# ---- what rungs share with neither end ----
+# ---- layers that neither end of the ladder has ----
 
 class WeightNormLinear(nn.Module):
-    """MPLinear, except that nothing puts the stored rows back to RMS 1: as they grow, they turn more slowly."""
+    """MPLinear, except that its stored rows are not put back to RMS 1: as they grow, they turn more slowly. Rung C."""
 
     def __init__(self, fan_in, fan_out):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(fan_out, fan_in), dim=1) * math.sqrt(fan_in))
 
-    def forward(self, x, gain=1.0):
-        return F.linear(x, F.normalize(self.weight, dim=1)) * gain
+    def forward(self, x):
+        return F.linear(x, F.normalize(self.weight, dim=1))
 
 
 def linear(rung):
-    """The class of linear layers of a rung."""
+    """The class of the linear layers on a rung."""
     return nn.Linear if rung < "C" else WeightNormLinear if rung < "D" else MPLinear
 
 
 class ZeroModulation(nn.Module):
-    """adaLN-Zero as a module that is called like layers.Modulation. Rungs A to D; a gate is g, so that every branch starts at 0."""
+    """adaLN-Zero as a module: it returns theta, scale, shift and gate as layers.Modulation does, theta always None.
+
+    count: 3 with a gate, 2 without. Rungs A to D.
+    """
 
     def __init__(self, config, count):
         super().__init__()
         self.linear = linear(config.rung)(config.width, count * config.width)
         self.gain = nn.Parameter(torch.zeros(count)) if config.rung >= "C" else None
 
-    def forward(self, x, cond, branch):
-        values = self.linear(cond).unflatten(-1, (-1, 1, x.shape[-1]))      # (B, count, 1, D)
+    def forward(self, cond):
+        values = self.linear(cond).unflatten(-1, (-1, 1, cond.shape[-1]))   # (B, count, 1, D)
         scale, shift, *gate = (values if self.gain is None else values * self.gain[:, None, None]).unbind(1)
-        x = branch(x * (1 + scale) + shift)
-        return gate[0] * x if gate else x
+        return None, scale, shift, gate[0] if gate else 0.0
 
 
 class CosineAttention(PlainAttention):
-    """Multi-head attention with q, k and v at RMS 1, (B, T, D) -> (B, T, D). Rungs B and C."""
+    """Multi-head attention with q, k and v of RMS 1, (B, T, D) -> (B, T, D). Rungs B and C."""
 
     def __init__(self, config):
         super().__init__(config.width, config.heads)
@@ -97,21 +98,21 @@ class CosineAttention(PlainAttention):
         self.out = linear(config.rung)(config.width, config.width)
 
     def forward(self, x):
-        q, k, v = normalize(self.qkv(x).unflatten(-1, (3, self.heads, -1))).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)
+        qkv = normalize(self.qkv(x).unflatten(-1, (3, self.heads, -1)))
+        x = attention(*qkv.permute(2, 0, 3, 1, 4))
         return self.out(x.transpose(1, 2).flatten(2))
 
 
 class GELUMLP(nn.Module):
-    """(..., D) -> (..., D), times `gain` where the linear knows one. Rungs A to E."""
+    """DiT's MLP, two linears around a GELU: (..., D) -> (..., D). Rungs A to E."""
 
     def __init__(self, config):
         super().__init__()
         self.up = linear(config.rung)(config.width, 4 * config.width)
         self.down = linear(config.rung)(4 * config.width, config.width)
 
-    def forward(self, x, *gain):
-        return self.down(F.gelu(self.up(x), approximate="tanh"), *gain)
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 # ---- the parts of the network ----
@@ -151,18 +152,23 @@ class Block(nn.Module):
         super().__init__()
         D, heads, self.rung = config.width, config.heads, config.rung
         self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if self.rung < "G" else nn.Identity()
-        self.attention = PlainAttention(D, heads) if self.rung < "B" else CosineAttention(config) if self.rung < "D" else MPAttention(D, heads)
+        if self.rung < "D":
+            self.attention = PlainAttention(D, heads) if self.rung < "B" else CosineAttention(config)
+        else:
+            self.attention = MPAttention(D, heads)
         self.mlp = GELUMLP(config) if self.rung < "F" else MPMLP(D, 4 * D)
-        self.modulate1 = ZeroModulation(config, 3) if self.rung < "E" else Modulation(D, config.modulation)
-        self.modulate2 = ZeroModulation(config, 3) if self.rung < "E" else Modulation(D, config.modulation)
+        self.modulation1 = ZeroModulation(config, 3) if self.rung < "E" else Modulation(D, config.modulation)
+        self.modulation2 = ZeroModulation(config, 3) if self.rung < "E" else Modulation(D, config.modulation)
 
     def forward(self, x, cond):
-        x = self.join(x, self.modulate1(self.norm(x), cond, self.attention))
-        x = self.join(x, self.modulate2(self.norm(x), cond, self.mlp))
+        theta1, scale1, shift1, gate1 = self.modulation1(cond)
+        theta2, scale2, shift2, gate2 = self.modulation2(cond)
+        x = self.join(x, gate1, self.attention(modulate(self.norm(x), theta1, scale1, shift1)))
+        x = self.join(x, gate2, self.mlp(modulate(self.norm(x), theta2, scale2, shift2)))
         return x
 
-    def join(self, x, branch):
-        return mp_sum(x, branch, t=0.3) if self.rung >= "E" else x + branch
+    def join(self, x, gate, branch):
+        return mp_sum(x, (1 + gate) * branch, t=0.3) if self.rung >= "E" else x + gate * branch
 
 
 class Output(nn.Module):
@@ -172,13 +178,14 @@ class Output(nn.Module):
         super().__init__()
         D, rung = config.width, config.rung
         self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if rung < "G" else nn.Identity()
-        self.modulate = ZeroModulation(config, 2) if rung < "E" else Modulation(D, ("scale", "shift"))
+        self.modulation = ZeroModulation(config, 2) if rung < "E" else Modulation(D, ("scale", "shift"))
         self.linear = linear(rung)(D, config.channels * config.patch**2)
         self.gain = nn.Parameter(torch.zeros(())) if rung >= "C" else None
 
     def forward(self, x, cond):
-        gain = [] if self.gain is None else [self.gain]
-        return self.modulate(self.norm(x), cond, lambda x: self.linear(x, *gain))
+        theta, scale, shift, _ = self.modulation(cond)
+        x = self.linear(modulate(self.norm(x), theta, scale, shift))
+        return x if self.gain is None else self.gain * x
 
 
 def init_plain(net):
@@ -189,5 +196,6 @@ def init_plain(net):
             nn.init.zeros_(module.bias)
     for layer in net.input.noise:
         nn.init.normal_(layer.weight, std=0.02)
-    for layer in (net.output.linear, *(module.linear for module in net.modules() if isinstance(module, ZeroModulation))):
+    for layer in (net.output.linear,
+                  *(module.linear for module in net.modules() if isinstance(module, ZeroModulation))):
         nn.init.zeros_(layer.weight)

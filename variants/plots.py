@@ -1,0 +1,84 @@
+"""Draw curves as an SVG that is readable on white and on dark, for example a column of the log.jsonl of several runs.
+
+    python -m variants.plots out/digits out/plain --key=loss --out=loss.svg
+"""
+
+import json
+import math
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from data import Parser, UserError, reading, run_main
+from ema import atomic_file
+
+COLOURS = ("#3b82c4", "#d9622b", "#2f9e5b", "#9b59b6", "#b8860b", "#7f7f7f")
+
+
+def ticks(low, high):
+    """Three to seven round numbers from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= max(factor for factor in (1, 2, 5) if factor * step <= (high - low) / 3)
+    return np.arange(math.ceil(low / step), math.floor(high / step + 1e-9) + 1) * step
+
+
+def save_plot(path, curves, x_label, y_label):
+    """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end."""
+    width, height, left, right, top, bottom = 640, 360, 64, 150, 36, 48
+    points = np.array([point for curve in curves.values() for point in curve], dtype=float)
+    (x0, y0), (x1, y1) = points.min(0), points.max(0)
+    x1, y0, y1 = x1 if x1 > x0 else x0 + 1, y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
+
+    def at(x, y):
+        return (left + (x - x0) / (x1 - x0) * (width - left - right),
+                height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom))
+
+    def text(x, y, words, anchor="middle", colour="#808080"):
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+             'font-family="sans-serif" font-size="12">']
+    for x in ticks(x0, x1):
+        parts.append(f'<path d="M{at(x, y0)[0]:.1f} {top}V{height - bottom}" stroke="#80808040"/>')
+        parts.append(text(at(x, y0)[0], height - bottom + 18, f"{x:g}"))
+    for y in ticks(y0, y1):
+        parts.append(f'<path d="M{left} {at(x0, y)[1]:.1f}H{width - right}" stroke="#80808040"/>')
+        parts.append(text(left - 8, at(x0, y)[1] + 4, f"{y:g}", "end"))
+    ends, last = sorted((at(*curve[-1])[1], name) for name, curve in curves.items()), -math.inf
+    heights = {name: (last := max(y, last + 14)) for y, name in ends}       # names that would overlap move down
+    for number, (name, curve) in enumerate(curves.items()):
+        colour, places = COLOURS[number % len(COLOURS)], [at(x, y) for x, y in curve]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        if len(places) <= 20:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+        parts.append(text(places[-1][0] + 8, heights[name] + 4, name, "start", colour))
+    parts += [text((left + width - right) / 2, height - 10, x_label), text(left, 20, y_label, "start"), "</svg>"]
+    with atomic_file(path) as file:
+        file.write("\n".join(parts).encode())
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--key", default="loss", help="column of log.jsonl to draw (default: loss)")
+    parser.add_argument("--out", type=Path, default=Path("out/plot.svg"),
+                        help="the SVG to write (default: out/plot.svg)")
+    args = parser.parse_args()
+    if args.out.suffix != ".svg":
+        raise UserError(f"--out: {args.out} is not the name of a .svg file")
+    curves = {}
+    for run in args.runs:
+        with reading(run / "log.jsonl"):
+            lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            curves[str(run)] = [(line["step"], float(line[args.key])) for line in lines if args.key in line]
+        if not curves[str(run)]:
+            names = sorted({name for line in lines for name in line})
+            raise UserError(f"{run}: its log has no {args.key}, but {', '.join(names)}")
+    save_plot(args.out, curves, "step", args.key)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)
