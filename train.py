@@ -5,19 +5,18 @@ Also runs as plain `python train.py`. Any key can be set on the command line: --
 Started again with the same `out`, a run goes on from its last saved state, and ends as if it had never stopped.
 """
 
+import argparse
 import dataclasses
 import difflib
-import fcntl
+import hashlib
 import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 import tomllib
 import typing
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,131 +24,110 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from data import batch_indices, load_dataset, to_network
-from ema import PowerEMA, atomic_file, list_snapshots, read_file, save_snapshot
-from layers import force_weight_normalization, normalize_weights, project_gradients
-from model import Denoiser, DiTConfig, config_class, edm2_loss, key, magnitudes
-from sample import choose_device, leave_processes, sample, save_images
+from data import Parser, UserError, batch_indices, load_dataset, make_grid, reading, regular, run_main, to_network
+from ema import PowerEMA, atomic_file, list_snapshots, load_file, save_file, save_snapshot
+from layers import force_weight_normalization
+from model import Denoiser, DiTConfig, check_keys, check_value, config_class, edm2_loss, key, magnitudes
+from sample import choose_device, exchange, join_processes, leave_processes, sample, save_picture, together
+
+try:
+    import fcntl
+except ImportError:                                                         # Windows has no such locks
+    fcntl = None
 
 
 # ---- configuration ----
 
 @dataclass
 class TrainConfig:
-    """One experiment. Raises ValueError, in one line, for impossible values."""
+    """One experiment. Raises ValueError that begins with the name of the key."""
 
     out: str = key("out/run", "run directory, where everything lands")
-    variant: str = key("", "an idea from variants/, by name (empty: none); --help --variant=NAME lists its own keys too")
-    dataset: str = key("digits", "what to train on: a name or a path, see data.py")
+    variant: str = key("", "an idea from variants/, by name (empty: none); --help --variant=NAME lists its keys too")
+    dataset: str = key("digits", "what to train on: the name or directory of a set that data.py made ready")
     flip: bool = key(False, "mirror half of the images, at random")
-    workers: int = key(2, "processes that read images ahead, for datasets that do not fit in memory")
-    seed: int = key(0, "decides everything random, together with the step")
+    seed: int = key(0, "random seed; with the step number it determines all random draws", 0, 2**63 - 1)
     device: str = key("", "cuda, mps or cpu (empty: the best there is)")
-    threads: int = key(0, "CPU threads of a process (0: as torch chooses)")
+    threads: int = key(0, "CPU threads of a process (0: as torch chooses)", 0, 256)
     compile: bool = key(True, "torch.compile the network, on CUDA only")
-    steps: int = key(1200, "optimizer steps")
-    batch: int = key(64, "images a step, over all processes and micro-batches")
-    micro_batch: int = key(0, "images at once in one process (0: its whole share of the batch)")
-    learning_rate: float = key(0.01, "alpha_ref of the schedule, the rate between warm-up and decay")
-    warmup_steps: int = key(0, "steps over which the rate rises linearly")
-    decay_steps: int = key(0, "t_ref: after this many steps the rate falls as 1/sqrt(step) (0: never)")
-    p_mean: float = key(-0.4, "mean of ln(sigma) in training")
-    p_std: float = key(1.0, "standard deviation of ln(sigma) in training")
-    ema_stds: tuple[float, ...] = key((0.05, 0.10), "relative widths of the averages tracked")
-    log_every: int = key(50, "steps between lines of log.jsonl")
-    sample_every: int = key(0, "steps between sample grids, beside the one at the end (0: none)")
-    snapshot_every: int = key(0, "steps between EMA snapshots, beside the one at the end (0: none)")
-    save_every: int = key(500, "steps between states to resume from, beside the one at the end")
-    give_up_after: int = key(50, "steps in a row without a finite loss after which to stop")
+    steps: int = key(1200, "optimizer steps", 1, 10**9)
+    batch: int = key(64, "images a step, over all processes and micro-batches", 1, 10**6)
+    micro_batch: int = key(0, "images at once in one process (0: its whole share of the batch)", 0, 10**6)
+    learning_rate: float = key(0.01, "alpha_ref of the schedule, the rate between warm-up and decay", 1e-9, 1e3)
+    warmup_steps: int = key(0, "steps over which the rate rises linearly", 0, 10**9)
+    decay_steps: int = key(0, "t_ref: after this many steps the rate falls as 1/sqrt(step) (0: never)", 0, 10**9)
+    p_mean: float = key(-0.4, "mean of ln(sigma) in training", -20, 20)
+    p_std: float = key(1.0, "standard deviation of ln(sigma) in training", 1e-3, 20)
+    ema_stds: tuple[float, ...] = key((0.05, 0.10), "relative widths of the averages tracked", 0.001, 0.288)
+    log_every: int = key(50, "steps between lines of log.jsonl", 1, 10**9)
+    sample_every: int = key(0, "steps between sample grids, beside the one at the end (0: none)", 0, 10**9)
+    snapshot_every: int = key(0, "steps between EMA snapshots, beside the one at the end (0: none)", 0, 10**9)
+    save_every: int = key(500, "steps between states to resume from, beside the one at the end", 1, 10**9)
     model: DiTConfig = dataclasses.field(default_factory=DiTConfig)
 
     def __post_init__(self):
-        if self.seed >= 2**63:
-            raise ValueError(f"seed: {self.seed} has more than 63 bits")
-        for name, least in dict(seed=0, threads=0, workers=0, steps=1, batch=1, micro_batch=0, warmup_steps=0, decay_steps=0, log_every=1,
-                                sample_every=0, snapshot_every=0, save_every=1, give_up_after=1).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, not {getattr(self, name)}")
-        for name in ("learning_rate", "p_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must be positive, not {getattr(self, name)}")
-        if not self.ema_stds or len(set(self.ema_stds)) < len(self.ema_stds):
-            raise ValueError(f"ema_stds: must be one or more different widths, not {list(self.ema_stds)}")
-        for std in self.ema_stds:
-            if not 0 < std < 12**-0.5 or round(std, 3) != std:
-                raise ValueError(f"ema_stds: {std} is not between 0 and 0.289 with three decimals at most")
+        check_keys(self)
+        if len(set(self.ema_stds)) < len(self.ema_stds) or any(round(std, 3) != std for std in self.ema_stds):
+            raise ValueError(f"ema_stds: must be different widths of three decimals at most, not {list(self.ema_stds)}")
 
 
-def config_keys(model=DiTConfig):
-    """Every key of the configuration by its dotted name: {name: dataclass field}. model: the class of the network's part."""
-    top = {field.name: field for field in dataclasses.fields(TrainConfig) if field.name != "model"}
-    return top | {f"model.{field.name}": field for field in dataclasses.fields(model)}
+# what may change when a run goes on (else it would be another experiment), and what may differ between processes
+RESUMABLE = {"out", "dataset", "device", "threads", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps",
+             "decay_steps", "log_every", "sample_every", "snapshot_every", "save_every"}
+LOCAL = ("out", "dataset", "device", "threads")
 
 
 def parse_text(text, kind):
-    """What TOML would hold for a command-line text, lists written a,b,c; a text of another kind comes back as it is."""
+    """A word of the command line as TOML would give it: numbers, true and false, lists written a,b,c; else the text."""
     if typing.get_origin(kind) is tuple:
         return [parse_text(part, kind.__args__[0]) for part in text.strip("[]").split(",")]
-    if kind is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
     try:
-        return kind(text)
-    except ValueError:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
         return text
 
 
-def check_type(value, kind, where):
-    """A TOML value as type `kind`. Raises ValueError naming `where` if it has another one."""
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(check_type(item, kind.__args__[0], where) for item in value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind or value != value:
-        names = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
-        raise ValueError(f"{where}: must be {names.get(kind, 'a list')}, not {value!r}")
-    return value
-
-
 def load_config(argv):
-    """Defaults, then the TOML file of --config, then --key=value overrides. Raises ValueError, in one line."""
-    values, origin, texts = {}, {}, {}
-    words = iter(argv)
-    for word in words:
-        name, equals, text = word.partition("=")
-        text = text if equals else next(words, None)
-        if not name.startswith("--") or text is None:
-            raise ValueError(f"{word!r} is not of the form --key=value; --help lists the keys")
-        texts[name[2:]] = text
-    path = texts.pop("config", None)
-    if path is not None:
-        try:
-            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"--config: {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid TOML: {error}") from None
-        for name, value in table.items():
-            values |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-        origin = {name: f"{path}: {name}" for name in values}
-    keys = config_keys(model := config_class(texts.get("variant", values.get("variant", ""))))
-    for name, text in texts.items():
-        values[name], origin[name] = parse_text(text, keys[name].type if name in keys else str), f"--{name}"
-    for name in values:
-        if name not in keys:
-            same = [key for key in keys if key.split(".")[-1] == name.split(".")[-1]]        # right, but in the wrong table
-            near = (same or difflib.get_close_matches(name, keys, n=1, cutoff=0))[0]
-            raise ValueError(f"{origin[name]}: unknown key; did you mean {near!r}?")
-        values[name] = check_type(values[name], keys[name].type, origin[name])
+    """Defaults, then the TOML file of --config, then --key=value. Raises UserError that names the key and the file."""
+    first, values = Parser(None), {}
+    first.add_argument("--config")
+    first.add_argument("--variant")
+    chosen, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    if chosen.config:
+        with reading(chosen.config):
+            for name, value in tomllib.loads(regular(chosen.config).read_text(encoding="utf-8-sig")).items():
+                table = isinstance(value, dict)
+                values |= {f"{name}.{key}": item for key, item in value.items()} if table else {name: value}
+    with reading(chosen.config or "--variant"):
+        Model = config_class(values.get("variant", "") if chosen.variant is None else chosen.variant)
+    keys = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "model"}
+    keys |= {f"model.{f.name}": f for f in dataclasses.fields(Model)}
 
-    def build(cls, prefix, **more):
-        try:
-            return cls(**more, **{n.removeprefix(prefix): v for n, v in values.items() if n.startswith("model.") == bool(prefix)})
-        except ValueError as error:
-            name, _, what = str(error).partition(": ")
-            raise ValueError(f"{origin.get(prefix + name, prefix + name)}: {what}") from None
-
-    return build(TrainConfig, "", model=build(model, "model."))
+    parser = Parser(__doc__)
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of these keys, those with model. under [model]")
+    for name, f in keys.items():
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{f.metadata['doc']} [{default}]")
+    given, rest = parser.parse_known_args(argv)
+    given = {f"--{name}": text for name, text in vars(given).items() if name != "config"}
+    for name in (*values, *(word.split("=")[0] for word in rest)):
+        if (bare := name.lstrip("-")) not in keys:
+            same = [key for key in keys if key.split(".")[-1] == bare.split(".")[-1]]       # right, in the other table
+            near = (same or difflib.get_close_matches(bare, keys, n=1, cutoff=0))[0]
+            where = f"{chosen.config}: " if name in values else ""
+            raise UserError(f"{where}{name[:60]}: unknown key; did you mean {near!r}?")
+    checked = {}
+    for name, value in (values | given).items():
+        f = keys[name.lstrip("-")]
+        with reading(name if name in given else f"{chosen.config}: {name}"):
+            value = parse_text(value, f.type) if name in given else value
+            checked[name.lstrip("-")] = check_value(value, f.type, *f.metadata["bounds"])
+    with reading("model"):
+        model = Model(**{name[6:]: checked.pop(name) for name in list(checked) if name.startswith("model.")})
+    with reading("configuration"):
+        return TrainConfig(model=model, **checked)
 
 
 def flatten(config):
@@ -159,20 +137,10 @@ def flatten(config):
     return top | {f"model.{name}": value for name, value in model.items()}
 
 
-def save_config(config, path):
-    """Write the configuration as a TOML file that `--config` takes."""
-    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in flatten(config).items()]
-    with atomic_file(path) as file:
-        file.write(("\n".join(lines) + "\n").encode())
-
-
-def print_help(argv):
-    variant = next((word.removeprefix("--variant=") for word in argv if word.startswith("--variant=")), "")
-    keys = config_keys(config_class(variant))
-    print(__doc__ + "\n  --config=FILE\n        a TOML file of the keys below, those with model. under [model]")
-    for name, field in keys.items():
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
-        print(f"  --{name}={default.lower() if field.type is bool else default}\n        {field.metadata['doc']}")
+def differences(theirs, ours, leave_out=()):
+    """In one line, what differs between two dicts: "seed = 0, not 1; ..."; empty if nothing does."""
+    return "; ".join(f"{name} = {theirs.get(name)!r}, not {value!r}" for name, value in ours.items()
+                     if name not in leave_out and theirs.get(name) != value)[:1000]
 
 
 # ---- one step ----
@@ -185,407 +153,306 @@ def learning_rate(step, config):
     return rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
-def draw_batch(config, dataset, images, labels, step, part, device):
-    """For rows `part` (a slice) of step's batch, given raw: clean images, labels after dropout, sigma and noise.
+def random_numbers(config, number, device, stream="step"):
+    """The generator of step `number`. Why hash + number: a seed has 32 bits, and no step may repeat another's draws."""
+    start = int.from_bytes(hashlib.sha256(f"{config.seed} {stream}".encode()).digest()[:4], "big")
+    return torch.Generator(device).manual_seed((start + number) % 2**32)
 
-    Everything random is drawn for the whole batch from a generator seeded by (seed, step), so that it does not depend
-    on how the batch is split over processes and micro-batches. Only kinds of devices differ in what they draw.
-    """
-    seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (config.batch, *dataset.shape)
-    sigma = torch.randn(config.batch, generator=generator, device=device)[part].mul(config.p_std).add(config.p_mean).exp()
-    drop = torch.rand(config.batch, generator=generator, device=device)[part] < config.model.label_dropout
-    noise = torch.randn(shape, generator=generator, device=device)[part]
-    if dataset.latent:                                                      # a fresh draw from the posterior
-        mean, std = images.chunk(2, dim=1)
-        images = mean + std * torch.randn(shape, generator=generator, device=device)[part]
-    images = to_network(images, dataset.stats)
+
+def draw_step(config, dataset, step, device):
+    """All random numbers of a step, by name, each a tensor (batch, ...).
+    Why for the whole batch: they do not depend on how it is split over processes and micro-batches."""
+    options = {"generator": random_numbers(config, step, device), "device": device}
+    draws = {"sigma": torch.randn(config.batch, **options).mul(config.p_std).add(config.p_mean).exp(),
+             "drop": torch.rand(config.batch, **options) < config.model.label_dropout,
+             "noise": torch.randn(config.batch, *dataset.shape, **options)}
+    if dataset.latent:
+        draws["posterior"] = torch.randn(config.batch, *dataset.shape, **options)
     if config.flip:
-        flipped = torch.rand(config.batch, generator=generator, device=device)[part] < 0.5
-        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+        draws["flip"] = torch.rand(config.batch, 1, 1, 1, **options) < 0.5
+    return draws
+
+
+def prepare_batch(config, facts, images, labels, draws, part):
+    """Rows `part` (a slice) of a step's batch, given raw: clean images, labels after dropout, sigma and noise."""
+    draws = {name: draw[part] for name, draw in draws.items()}
+    if "posterior" in draws:                                                # a fresh draw from the VAE's posterior
+        mean, std = images.chunk(2, dim=1)
+        images = mean + std * draws["posterior"]
+    images = to_network(images, facts)
+    if "flip" in draws:
+        images = torch.where(draws["flip"], images.flip(-1), images)
     null = config.model.num_classes
-    labels = labels.masked_fill(drop, null) if null else torch.zeros_like(labels)
-    return images, labels, sigma, noise
+    labels = labels.masked_fill(draws["drop"], null) if null else torch.zeros_like(labels)
+    return images, labels, draws["sigma"], draws["noise"]
 
 
-def parts_of_batch(config, rank, processes):
-    """The slices of every batch that this process works on, one after the other."""
-    share = config.batch // processes
-    micro = config.micro_batch or share
-    return [slice(start, start + micro) for start in range(rank * share, (rank + 1) * share, micro)]
-
-
-def zero_nonfinite(gradients):
-    """Replace NaN and infinity by 0, as EDM2 does. Returns in how many tensors there were any, as a tensor."""
-    norms = torch.stack(torch._foreach_norm(gradients))
-    for gradient in gradients:
-        torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0, out=gradient)
-    return (~norms.isfinite()).sum()
-
-
-def optimizer_step(optimizer, weights, rate):
-    """One step at learning rate `rate`, under forced weight normalization of `weights`. Returns what zero_nonfinite() does."""
-    nonfinite = zero_nonfinite([p.grad for group in optimizer.param_groups for p in group["params"]])
+def optimizer_step(denoiser, optimizer, rate):
+    """One step of Adam at learning rate `rate`, then forced weight normalization. Gradients not finite are 0 [EDM2]."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
-    project_gradients(weights)
+        group["lr"] = rate * group["lr_scale"]
+        for p in group["params"]:
+            if p.grad is not None:
+                torch.nan_to_num(p.grad, nan=0.0, posinf=0.0, neginf=0.0, out=p.grad)
     optimizer.step()
-    normalize_weights(weights)
-    return nonfinite
+    force_weight_normalization(denoiser)
 
 
-# ---- what a run reports ----
+def gradient_norm(module):
+    """Norm of the gradients of all matrices, as autograd left them. Why only these: a single gain can outweigh them."""
+    gradients = [p.grad for p in module.parameters() if p.ndim == 2 and p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).item()
 
-def log(config, done, values):
-    """Append one line to log.jsonl; nothing in it depends on the clock. What is not finite becomes null."""
-    values = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
-    with open(Path(config.out) / "log.jsonl", "a") as file:
-        file.write(json.dumps({"step": done, "images": done * config.batch} | values) + "\n")
+
+# ---- the run directory ----
+
+def lock_run(out):
+    """Make the run directory and hold its lock while this process lives. Why: two trainings would mix their files."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"out: {out} is in use by another training; choose another out") from None
+    except (OSError, AttributeError):                                       # a disk or a system that has no locks
+        print(f"warning: {out} cannot be locked; start one training in it at a time", file=sys.stderr)
+    return lock
+
+
+def read_state(config, facts, denoiser, ema, optimizer):
+    """Load the newest good state of the run into what build() made. Returns it, or one of step 0, with "damaged": what
+    is wrong with a newer one."""
+    damaged = []
+    for path in (Path(config.out) / "state.pt", Path(config.out) / "state-previous.pt"):
+        if not os.path.lexists(path):
+            continue
+        try:
+            state = load_file(path)
+        except ValueError as error:                                         # the one before it may be good
+            damaged.append(str(error))
+            continue
+        with reading(path):
+            wrong = differences(state["config"], flatten(config), RESUMABLE)
+            if wrong := wrong or differences(state["data"], facts["hashes"]):
+                raise ValueError(f"was trained with {wrong}; choose another out")
+            if state["step"] > config.steps:
+                raise ValueError(f"already trained for {state['step']} steps; ask for more or choose another out")
+            denoiser.load_state_dict(state["weights"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            return {name: state[name] for name in ("step", "losses", "sha256", "config")} | {"damaged": damaged}
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}; to start anew, choose another out or remove it")
+    return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
+
+
+def prepare_run(config, state):
+    """Write config.toml, and cut the log and the snapshots back to where the state stands."""
+    out, step = Path(config.out), state["step"]
+    for problem in state["damaged"]:                                        # aside, or it would become the older state
+        print(f"warning: {problem}; going on from step {step}", file=sys.stderr)
+        os.replace(out / "state.pt", out / "state-damaged.pt")
+    for path in (*out.rglob("*.writing"), *(path for later, _, path in list_snapshots(out / "ema") if later > step)):
+        path.unlink()
+    with atomic_file(out / "config.toml") as file:
+        for name, value in flatten(config).items():
+            file.write(f"{name} = {json.dumps(value, ensure_ascii=False)}\n".encode())
+    lines = []
+    if (out / "log.jsonl").exists():
+        with reading(out / "log.jsonl"):
+            text = (out / "log.jsonl").read_text().splitlines(keepends=True)
+            lines = [line for line in text if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with atomic_file(out / "log.jsonl") as file:
+        file.write("".join(lines).encode())
+    if changed := differences(state["config"], flatten(config), LOCAL):
+        log(out, {"step": step, "changed": changed})
+
+
+def log(out, values):
+    """Append one line to log.jsonl, on disk before a later state is; nothing in it depends on the clock."""
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(values) + "\n")
         file.flush()
-        os.fsync(file.fileno())                                             # a state must not outlive the log before it
+        os.fsync(file.fileno())
+
+
+def save_state(config, facts, denoiser, ema, optimizer, done, losses):
+    """Save all that read_state() needs, and keep the state before it. losses: sum and count since the last log line."""
+    path = Path(config.out) / "state.pt"
+    save_file(path.with_name("state-next.pt"), {
+        "step": done, "losses": losses, "config": flatten(config), "data": facts["hashes"],
+        "weights": denoiser.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+    if path.exists():
+        os.replace(path, path.with_name("state-previous.pt"))
+    os.replace(path.with_name("state-next.pt"), path)
+
+
+def save_samples(config, facts, average, done):
+    """Write a grid of ten samples of each of the first ten classes, always of the same seeds; latents as npz."""
+    labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
+    size = 4 * config.micro_batch or 100                                    # without gradients more fit
+    starts, seeds = range(0, len(labels), size), range(len(labels))
+    images = torch.cat([sample(average, facts, labels[i:i + size], seeds[i:i + size]) for i in starts])
+    path = Path(config.out) / "samples" / f"{done:07d}"
+    if facts["latent"]:
+        with atomic_file(f"{path}.npz") as file:
+            np.savez(file, latents=images.numpy(), labels=labels)
+    else:
+        save_picture(make_grid(images, 10), f"{path}.png")
+
+
+# ---- the loop ----
+
+def build(config, device):
+    """The denoiser, its averages and its optimizer, at the start of training."""
+    torch.manual_seed(config.seed)
+    denoiser, groups = Denoiser(config.model).to(device), {}
+    for p in denoiser.parameters():
+        scale = denoiser.net.lr_scale.get(p, 1.0)
+        groups.setdefault(scale, {"lr_scale": scale, "params": []})["params"].append(p)
+    optimizer = torch.optim.Adam(list(groups.values()), betas=(0.9, 0.99), fused=True)
+    return denoiser, PowerEMA(denoiser, config.ema_stds), optimizer
+
+
+def catch_signals(processes):
+    """A list that fills when SIGTERM or Ctrl-C asks to stop, so that the step can be finished and saved. A second is
+    the system's own, except under torchrun, which passes on a Ctrl-C that every process got already."""
+    asked = []
+
+    def receive(number, frame):
+        asked.append(number)
+        if processes == 1:
+            signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGTERM, receive)
+    return asked
+
+
+def due(done, every, config):
+    """Whether something that happens every so many steps, and at the end, happens after `done` of them."""
+    return done == config.steps or bool(every and done % every == 0)
+
+
+def over_processes(values, processes):
+    """The sums of some numbers over all processes."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if processes > 1:
+        dist.all_reduce(values)
+    return values.tolist()
 
 
 def show(config, done, loss, rate):
     """The progress line, `rate` in steps per second: overwrites itself on a terminal, plain lines elsewhere."""
     left = timedelta(seconds=round((config.steps - done) / rate))
     text = f"step {done}/{config.steps}  loss {loss:.4f}  {rate * config.batch:.0f} images/s  {left} left"
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="" if done < config.steps else "\n", flush=True)
-    else:
-        print(text, flush=True)
+    terminal = sys.stdout.isatty()
+    print(f"\r\033[K{text}" if terminal else text, end="" if terminal and done < config.steps else "\n", flush=True)
 
 
-# ---- the run directory ----
-
-def lock_run(config):
-    """Make the run directory and hold its lock until this process ends, however it ends. Raises ValueError if another does."""
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "a+")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                # not flock, which workers would inherit and hold
-        except BlockingIOError:
-            lock.seek(0)
-            raise ValueError(f"out: {out} is in use by {lock.read().strip() or 'another training'}; choose another out") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        lock.flush()
-    except OSError as error:
-        raise ValueError(f"out: cannot write the run directory {out} ({error.strerror})") from None
-    return lock
-
-
-# what may change when a run goes on; the rest would make it another experiment
-FREE = {"out", "device", "threads", "workers", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps", "decay_steps", "log_every",
-        "sample_every", "snapshot_every", "save_every", "give_up_after"}
-
-
-def check_config(path, theirs, config):
-    """Raises ValueError if the configuration a state was saved with is another experiment, naming all that differs."""
-    ours = flatten(config)
-    wrong = [name for name in ours if name not in FREE and theirs.get(name) != ours[name]]
-    wrong = [f"{name} = {theirs.get(name)!r}, not {ours[name]!r}" for name in (["variant"] if "variant" in wrong else wrong)]
-    if wrong:
-        raise ValueError(f"{path}: was trained with {'; '.join(wrong)}; choose another out")
-
-
-def restore(config, dataset, denoiser, ema, optimizer):
-    """Take up the newest good state of the run: step 0 if there is none, or else the progress that write_state() saved.
-
-    A state that does not load is skipped for the one before it, and why is said in "bad". Raises ValueError if all are
-    bad, or if this configuration cannot go on from the good one.
+def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, processes):
+    """Train from state["step"] to config.steps. All processes run this; the first one writes.
+    One step: draw, gradients over the micro-batches, Adam, weights forced back to RMS 1, averages, then what is due.
+    Why in this order: averages and files see only weights of RMS 1, and a state holds all of its step and nothing else.
     """
-    out, bad = Path(config.out), {}
-    for path in (out / "state.pt", out / "state-previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            state = read_file(path)
-            progress, theirs, data = state["progress"], state["config"], state["data"]
-            json.dumps([progress, theirs, data])                            # raises TypeError for what is no plain value
-            if not all(type(progress[name]) is int and 0 <= progress[name] < 2**62 for name in ("step", "since", "nonfinite")) \
-                    or not isinstance(progress["loss_sum"], float) or not isinstance(theirs, dict):
-                raise TypeError("its progress is no progress")
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            bad[path] = str(error) if isinstance(error, ValueError) else f"{path}: not a state of a run"
-            continue
-        check_config(path, theirs, config)
-        if data != dataset.stats:
-            raise ValueError(f"{path}: was trained on data of {data}, not {dataset.stats}; choose another out")
-        if progress["step"] > config.steps:
-            raise ValueError(f"{path}: already trained for {progress['step']} steps; ask for more or choose another out")
-        try:
-            denoiser.load_state_dict(state["weights"])
-            ema.load_state_dict(state["ema"])
-            for group, saved in zip(optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True):
-                if other := [name for name in group if name != "lr" and saved.get(name) != group[name]]:
-                    raise ValueError(f"its optimizer has another {other[0]}")
-            optimizer.load_state_dict(state["optimizer"])
-            for parameter in denoiser.parameters():
-                if any(optimizer.state[parameter][name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                    raise ValueError("its optimizer is of another network")
-                if not parameter.isfinite().all():
-                    raise ValueError("its weights are not finite")
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError) as error:
-            bad[path] = f"{path}: does not fit this run ({str(error).splitlines()[0]})"
-            continue
-        ours = flatten(config)
-        changed = {name: [theirs.get(name), ours[name]] for name in sorted(FREE - {"out"}) if theirs.get(name) != ours[name]}
-        return progress | {"changed": changed, "bad": {bad_path: f"{message}; going on from {path.name}, step {progress['step']}"
-                                                       for bad_path, message in bad.items()}}
-    if bad:
-        raise ValueError(f"{'; '.join(bad.values())}; to start anew, choose another out or remove it")
-    last = max((step for step, _, _ in list_snapshots(out / "ema")), default=0)
-    if last > config.save_every:                                            # more than a run killed before its first state leaves
-        raise ValueError(f"out: {out} has snapshots up to step {last}, but no state to go on from; choose another out or remove it")
-    return {"step": 0, "since": 0, "nonfinite": 0, "loss_sum": 0.0, "changed": {}, "bad": {}}
-
-
-def prepare_run(config, progress):
-    """Write config.toml, and cut the log and the snapshots back to where the state stands. Raises ValueError."""
-    out, step = Path(config.out), progress["step"]
-    try:
-        for path, message in progress["bad"].items():                       # else the next save would keep it for the good one
-            print(f"warning: {message}", file=sys.stderr)
-            os.replace(path, path.with_name("state-damaged.pt"))
-        for path in (*out.glob("*.writing"), *out.glob("ema/*.writing"), *out.glob("samples/*.writing")):
-            path.unlink()                                                   # of a process that was killed
-        save_config(config, out / "config.toml")
-        lines = []
-        if (out / "log.jsonl").exists():
-            for line in (out / "log.jsonl").read_text(errors="replace").splitlines():
-                with suppress(json.JSONDecodeError):                        # one that was being written when the power went
-                    lines.append(json.loads(line))
-        lines = [line for line in lines if line["step"] < step or (line["step"] == step and "changed" not in line)]
-        with atomic_file(out / "log.jsonl") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        for path in (*out.glob("ema/*.pt"), *out.glob("ema/posthoc/*.pt")):
-            if int(path.name.split("-")[0]) > step:
-                path.unlink()
-        if progress["changed"]:
-            log(config, step, {"changed": progress["changed"]})
-    except OSError as error:
-        raise ValueError(f"out: cannot write the run directory {out} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{out}: its log.jsonl or ema/ holds something else; choose another out") from None
-
-
-def write_state(config, dataset, denoiser, ema, optimizer, progress):
-    """Save all that `restore` needs, keeping the state before it too."""
-    path = Path(config.out) / "state.pt"
-    with atomic_file(path.with_name("state-next.pt")) as file:
-        torch.save({"progress": progress, "config": flatten(config), "data": dataset.stats, "weights": denoiser.state_dict(),
-                    "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    if path.exists():
-        os.replace(path, path.with_name("state-previous.pt"))
-    os.replace(path.with_name("state-next.pt"), path)
-
-
-def write_samples(config, dataset, ema, done):
-    """A sample grid, always from the same seeds."""
-    labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
-    average = ema.averages[max(config.ema_stds)]
-    batch = 4 * config.micro_batch or 100                                   # without gradients more fit
-    images = torch.cat(list(sample(average, dataset.stats, labels, range(len(labels)), batch)))
-    save_images(images, labels, 10, samples_path(config, dataset, done))
-
-
-def samples_path(config, dataset, done):
-    return Path(config.out) / "samples" / f"{done:07d}{'.npz' if dataset.latent else '.png'}"
-
-
-# ---- the loop ----
-
-class Stop(Exception):
-    """Ends the run with one line on stderr and an exit code; `alone` if the other processes know nothing of it yet."""
-
-    def __init__(self, message, code=1, alone=False):
-        super().__init__(message)
-        self.code, self.alone = code, alone
-
-
-class Signals:
-    """Remembers SIGINT or SIGTERM, so that the step can be finished. A second one, more than a second later, ends at once;
-    sooner it is the echo that torchrun sends after a Ctrl-C that all processes got."""
-
-    def __init__(self):
-        self.seen, self.when = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if self.seen and time.monotonic() - self.when > 1:
-            os._exit(128 + number)
-        self.seen, self.when = self.seen or number, self.when if self.seen else time.monotonic()
-
-
-def build(config, device):
-    """The denoiser, its averages and its optimizer, at the start of training. Raises ValueError if they cannot fit."""
-    check_memory(config, device)
-    torch.manual_seed(config.seed)
-    denoiser = Denoiser(config.model).to(device)
-    rates = denoiser.net.rates
-    groups = [{"params": [p for p in denoiser.parameters() if rates.get(p, 1.0) == rate], "rate": rate} for rate in {1.0, *rates.values()}]
-    return denoiser, PowerEMA(denoiser, config.ema_stds), torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-
-
-def check_memory(config, device):
-    """Raises ValueError for a model or batch that cannot fit, by a count on the low side: better now than to be killed."""
-    model, images = config.model, config.micro_batch or config.batch
-    tokens = (model.image_size // model.patch) ** 2
-    numbers = (4 + len(config.ema_stds)) * 12 * model.depth * model.width**2 + images * tokens * model.width * model.depth * 8
-    numbers += (4 + len(config.ema_stds)) * model.width * (model.num_classes + tokens) + 2 * config.batch * model.channels * model.image_size**2
-    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * numbers > have:
-        raise ValueError(f"model: of this size, with a batch of {images}, it needs at least {4 * numbers / 2**30:,.0f} GiB of memory, and "
-                         f"there are {have / 2**30:,.0f}")
-
-
-def train(config, dataset, device, denoiser, ema, optimizer, progress, signals, rank, processes):
-    """Train from `progress` to config.steps. All processes run this; the first one writes. Raises Stop to end early."""
-    weights, parameters = force_weight_normalization(denoiser), list(denoiser.parameters())
+    out, facts, first = Path(config.out), dataset.facts, state["step"]
+    share, narrowest = config.batch // processes, ema.averages[min(config.ema_stds)]
+    micro = config.micro_batch or share
+    parts = [slice(start, start + micro) for start in range(rank * share, (rank + 1) * share, micro)]
+    batches = dataset.feed((batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part]
+                            for step in range(first, config.steps) for part in parts), device)
     if config.compile and device.type == "cuda":
         denoiser.net.compile()
-    model, together = denoiser, None
-    if processes > 1:
-        model = torch.nn.parallel.DistributedDataParallel(denoiser)
-        together = dist.new_group(backend="gloo")                           # to agree on things without waiting for a GPU
-    if rank == 0:
-        print(f"{sum(p.numel() for p in parameters):,} parameters, {len(dataset):,} images, {device.type} x {processes}"
-              + (f", going on from step {progress['step']}" if progress["step"] else ""), flush=True)
+    model = DistributedDataParallel(denoiser) if processes > 1 else denoiser
+    losses = torch.tensor(state["losses"] if rank == 0 else [0.0, 0.0], device=device)      # sum, count since last line
+    asked, clock, shown = catch_signals(processes), time.monotonic(), first
 
-    def over_processes(value, op=dist.ReduceOp.SUM):
-        value = torch.tensor(value, dtype=torch.float64)
-        if processes > 1:
-            dist.all_reduce(value, op, together)
-        return value.item()
-
-    parts, first, since, last_good = parts_of_batch(config, rank, processes), progress["step"], progress["since"], progress["step"]
-    loss_sum = torch.tensor(progress["loss_sum"] * processes if rank == 0 else 0.0, device=device)
-    nonfinite, bad = torch.tensor(progress["nonfinite"], device=device), torch.zeros((), dtype=torch.long, device=device)
-    clock, shown = time.monotonic(), first
-    feed = dataset.feed((batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part]
-                         for step in range(first, config.steps) for part in parts), device, config.workers)
     for step in range(first, config.steps):
-        loss_step = torch.zeros((), device=device)
-        optimizer.zero_grad(set_to_none=True)
+        done, loss_step = step + 1, 0.0
+        draws = draw_step(config, dataset, step, device)
+        optimizer.zero_grad()
         for part in parts:
-            try:
-                images, labels = next(feed)
-            except ValueError as error:
-                raise Stop(str(error), alone=True) from None
-            batch = draw_batch(config, dataset, images, labels, step, part, device)
-            if processes > 1:                                               # sum gradients over processes only once
-                model.require_backward_grad_sync = part is parts[-1]
-            loss = edm2_loss(model, denoiser.uncertainty, *batch) / len(parts)
-            extra = denoiser.net.extra_loss(ema.averages[min(config.ema_stds)], batch[0], (config.seed, step, part.start)) / len(parts)
-            (loss + extra).backward()
+            images, labels, sigma, noise = prepare_batch(config, facts, *next(batches), draws, part)
+            model.require_backward_grad_sync = part is parts[-1]            # sum gradients over processes only once
+            loss = edm2_loss(model, denoiser.uncertainty, images, labels, sigma, noise) / len(parts)
+            generator = random_numbers(config, step * config.batch + part.start, device, "extra")
+            extra = denoiser.net.extra_loss(narrowest, images, generator) / len(parts)
+            ((loss + extra) * images[0].numel()).backward()                 # a sum over channels and pixels, as EDM2's
             loss_step += loss.detach()
-        loss_sum += loss_step
-        bad = torch.where(loss_step.isfinite(), 0, bad + 1)
-        nonfinite += optimizer_step(optimizer, weights, learning_rate(step, config))
-        ema.update(denoiser, step + 1)
 
-        done, since = step + 1, since + 1
-        stop = int(over_processes(signals.seen, dist.ReduceOp.MAX))
+        norm = gradient_norm(denoiser) if due(done, config.log_every, config) else 0.0
+        optimizer_step(denoiser, optimizer, learning_rate(step, config))
+        ema.update(denoiser, done)
+        losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
 
-        def due(every):
-            return done == config.steps or (every and done % every == 0)
-
-        if due(config.log_every):
-            loss = over_processes(loss_sum.item()) / processes / since
-            if rank == 0:
-                images, labels, sigma, noise = batch
+        stop = over_processes([len(asked)], processes)[0] > 0
+        to_log, to_save = due(done, config.log_every, config), stop or due(done, config.save_every, config)
+        to_sample, to_snapshot = due(done, config.sample_every, config), due(done, config.snapshot_every, config)
+        if not (to_log or to_save or to_sample or to_snapshot):
+            continue
+        total, count, latest = over_processes([*losses.tolist(), loss_step.item()], processes)
+        if not math.isfinite(latest):
+            raise UserError("" if rank else f"the loss of step {done} is not finite; the last saved state is good, go "
+                            "on from it with a lower learning rate")
+        if to_log:
+            losses.zero_()
+        if rank == 0:
+            if os.fstat(lock).st_nlink == 0 or not (out / "lock").exists():
+                raise OSError(f"{out} was deleted or moved, and another training may have its place")
+            if to_log:
                 rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
-                gradient_norm = torch.stack(torch._foreach_norm([p.grad for p in parameters])).norm().item()
-                log(config, done, {"learning_rate": learning_rate(step, config), "loss": loss, "gradient_norm": gradient_norm, **rms,
-                                   "nonfinite": nonfinite.item()})
-                show(config, done, loss, (done - shown) / (time.monotonic() - clock))
-            loss_sum.zero_()
-            nonfinite.zero_()
-            since, shown, clock = 0, done, time.monotonic()
-        if due(config.log_every) or due(config.save_every) or due(config.snapshot_every) or due(config.sample_every) or stop:
-            diverged = int(over_processes(bad.item(), dist.ReduceOp.MAX))
-            if diverged >= config.give_up_after or (diverged and done == config.steps):
-                raise Stop(f"the loss has not been finite for {diverged} steps, up to {done}; the last good state is of step {last_good}. "
-                           "Try a lower learning rate from there")
-            if not diverged and rank == 0 and due(config.snapshot_every):
-                info = {"variant": config.variant, "model": dataclasses.asdict(config.model), "data": dataset.stats}
+                log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(step, config),
+                          "loss": total / count, "gradient_norm": norm, **rms})
+                show(config, done, total / count, (done - shown) / (time.monotonic() - clock))
+                clock, shown = time.monotonic(), done
+            if to_snapshot:
+                info = {"variant": config.variant, "model": dataclasses.asdict(config.model), "data": facts}
                 for std, average in ema.averages.items():
-                    save_snapshot(Path(config.out) / "ema", average, done, std, info)
-            if not diverged and rank == 0 and due(config.sample_every):
-                write_samples(config, dataset, ema, done)
-            if not diverged and (due(config.save_every) or stop):
-                last_good = done
-                progress = {"step": done, "since": since, "nonfinite": nonfinite.item(), "loss_sum": over_processes(loss_sum.item()) / processes}
-                if rank == 0:
-                    write_state(config, dataset, denoiser, ema, optimizer, progress)
+                    save_snapshot(out / "ema", average, done, std, info)
+            if to_sample:
+                save_samples(config, facts, ema.averages[max(config.ema_stds)], done)
+            if to_save:
+                save_state(config, facts, denoiser, ema, optimizer, done, [0.0, 0.0] if to_log else [total, count])
         if stop and done < config.steps:
-            saved = "saved" if last_good == done else f"the last good state is of step {last_good}"
-            raise Stop(f"{signal.Signals(stop).name}: stopped after step {done}, {saved}; the same command goes on", 128 + stop)
+            if rank == 0:
+                print(f"stopped after step {done}, saved; the same command goes on", file=sys.stderr)
+            sys.exit(128 + (asked or [signal.SIGTERM])[0])
 
 
 def main():
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    signals = Signals()
-
-    def fail(error, code, alone=False):
-        if rank and code == 2:
-            time.sleep(2)                                                   # usually the first process says the same, and ends this one
-        if rank == 0 or alone or (code == 2 and not signals.seen):
-            print(("\n" if sys.stdout.isatty() and code != 2 else "") + f"train.py: {error}", file=sys.stderr, flush=True)
-        if alone and processes > 1:
-            os._exit(code)                                                  # an orderly end would wait for the others
-        if dist.is_initialized():
-            leave_processes(processes)
-        sys.exit(code)
-
-    try:
-        if "--help" in sys.argv or "-h" in sys.argv:
-            return print_help(sys.argv)
+    rank, processes = join_processes()
+    with together(processes):
         config = load_config(sys.argv[1:])
-        device = choose_device(config.device, int(os.environ["LOCAL_RANK"]) if processes > 1 else None)
-        if config.batch % processes:
-            raise ValueError(f"batch: {config.batch} is not divisible by the number of processes, {processes}")
-        if config.micro_batch and config.batch // processes % config.micro_batch:
-            raise ValueError(f"micro_batch: {config.micro_batch} does not divide the {config.batch // processes} images of a process")
-        dataset = load_dataset(config.dataset, config.model.image_size, config.model.channels)
-        config.model = config.model.fit(dataset.shape[1], dataset.shape[0], dataset.num_classes)
+        share, out = config.batch // processes, Path(config.out)
+        if config.batch % processes or (config.micro_batch and share % config.micro_batch):
+            raise UserError(f"batch: {config.batch} must split evenly over {processes} processes, then by micro_batch")
+        dataset, device = load_dataset(config.dataset), choose_device(config.device)
+        if dataset.latent and config.flip:
+            raise UserError("flip: a mirrored latent is not the latent of the mirrored image; leave it out")
+        with reading("model"):
+            config.model = config.model.for_data(dataset.shape[1], dataset.shape[0], len(dataset.about["classes"]))
         if config.threads:
             torch.set_num_threads(config.threads)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-        lock = lock_run(config) if rank == 0 else None                      # noqa: F841  held until the end
-        state = build(config, device)
-        progress = restore(config, dataset, *state)
-        if rank == 0:
-            prepare_run(config, progress)
-    except ValueError as error:
-        fail(error, 2)
-    if processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        train(config, dataset, device, *state, progress, signals, rank, processes)
-        if rank == 0:
-            if progress["step"] == config.steps:
-                print(f"already trained for {config.steps} steps; ask for more, or choose another out")
-            print(samples_path(config, dataset, config.steps))
-    except Stop as stop:
-        fail(stop, stop.code, stop.alone)
-    except OSError as error:
-        where = "the terminal" if isinstance(error, BrokenPipeError) else config.out
-        fail(f"cannot write to {where} ({error.strerror}); what was saved before is intact, and the same command goes on from it", 1, True)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            fail(f"{str(error).splitlines()[0]} the same command goes on from the last saved state", 1, True)
-        if processes == 1 or not any(word in str(error) for word in ("onnection", "peer", "NCCL", "gloo")):
-            raise
-        fail("another process died or lost its connection; the same command goes on from the last saved state", 1, True)
+        lock = lock_run(out) if rank == 0 else None
+        model = build(config, device)
+        state = read_state(config, dataset.facts, *model)
+    with together(processes):                                               # all go on from the same, or none does
+        ours = flatten(config) | dataset.facts["hashes"] | {"step": state["step"], "state": state["sha256"]}
+        for number, text in enumerate(exchange(json.dumps(ours), processes)):
+            if wrong := differences(json.loads(text), json.loads(json.dumps(ours)), LOCAL):
+                raise UserError(f"process {number} has {wrong}")
+    if rank == 0:
+        prepare_run(config, state)
+        print(f"{sum(p.numel() for p in model[0].parameters()):,} parameters, {len(dataset):,} images, "
+              f"{device.type} x {processes}, steps {state['step']} to {config.steps}", flush=True)
+    train(config, dataset, device, *model, state, lock, rank, processes)
+    if rank == 0:
+        print(out)
     leave_processes(processes)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
