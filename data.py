@@ -171,7 +171,8 @@ def load_dataset(name):
         raise UserError(f"dataset: there is no {name[:200]!r}; ready are {ready}; python data.py makes others ready")
     with reading(folder):
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        images, labels = (np.load(regular(folder / file), "r", allow_pickle=False) for file in ("images.npy", "labels.npy"))
+        images = np.load(regular(folder / "images.npy"), mmap_mode="r", allow_pickle=False)
+        labels = np.load(regular(folder / "labels.npy"), mmap_mode="r", allow_pickle=False)
         dataset, stds = Dataset(images, labels, about), np.array(about["std"])
         if not (about["format"] == 1 and images.ndim == 4 and images.shape[2] == images.shape[3]
                 and images.dtype in (np.uint8, np.float32) and labels.shape == images.shape[:1]
@@ -409,8 +410,8 @@ def write_set(folder, images, labels, classes, size, about):
                 image = to_pixels(to_picture(image), "L" if len(image) == 1 else "RGB", size)
             if image.shape != shape or shape[1] != shape[2]:
                 name = images.names[i] if isinstance(images, Pictures) else f"image {i}"
-                raise UserError(f"{source}: {name} is {image.shape[2]}x{image.shape[1]}, and all must be square and of one "
-                                "size: choose one with --size")
+                raise UserError(f"{source}: {name} is {image.shape[2]}x{image.shape[1]}, and all must be square and of "
+                                "one size: choose one with --size")
             image = np.ascontiguousarray(image)
             file.write(image)
             sha.update(image)
@@ -499,7 +500,7 @@ def main():
             made.rename(folder)
         dataset = load_dataset(name)
     C, S, _ = dataset.shape
-    print(f"{len(dataset):,} images, {S}x{S}, {C} channel{'s'[C == 1:]}{' of latents' if dataset.latent else ''}, "
+    print(f"{len(dataset):,} {'latents' if dataset.latent else 'images'}, {S}x{S}, channels: {C}, "
           f"mean {dataset.about['mean']}, standard deviation {dataset.about['std']}")
     pairs = [f"{name} {count:,}" for name, count in zip(dataset.about["classes"], dataset.about["counts"])]
     print(f"{len(pairs)} classes: {', '.join(pairs[:16])}{', ...' * (len(pairs) > 16)}" if pairs else "no labels")

@@ -91,6 +91,8 @@ class PowerEMA:
     def update(self, module, step):
         """Call after optimizer step `step`, counted from 1; after every step, or every n-th [EDM2, Eq. 127].
         average ← beta·average + (1 - beta)·module, beta = (previous step / step)^(gamma + 1)."""
+        if step <= self.step:
+            raise ValueError(f"the last update was at step {self.step}, the next must be later, not {step}")
         module = unwrap(module)
         for std, average in self.averages.items():
             ours, beta = list(average.parameters()), (self.step / step) ** (self.gammas[std] + 1)
@@ -252,9 +254,10 @@ def main():
     args = parser.parse_args()
     try:
         folder = args.folder / "ema" if (args.folder / "ema").is_dir() else args.folder
-        paths = [snapshot_path(folder / "posthoc", 0, std).parent for std in args.std]      # refused before the work
-        for path, snapshot in zip(paths, reconstruct(folder, args.std, args.step)):
-            path = snapshot_path(path, snapshot["step"], snapshot["std"])
+        for std in args.std:
+            snapshot_path(folder, 0, std)                                   # refuses a width before the work
+        for snapshot in reconstruct(folder, args.std, args.step):
+            path = snapshot_path(folder / "posthoc", snapshot["step"], snapshot["std"])
             save_file(path, {name: value for name, value in snapshot.items() if name != "sha256"})
             print(path, flush=True)
     except (ValueError, OSError) as error:

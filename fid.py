@@ -9,7 +9,7 @@ the Gaussians. With the 2048 features of the Inception network of 2015 it is the
     python fid.py sweep RUN --std 0.03 0.05 0.1   # distance of a run to its dataset, against the EMA width
 
 A source is a set that data.py made ready, a folder, zip or npz of images as they are, an npz of statistics (mu, sigma),
-or a run directory, from which samples are drawn on the fly. Under torchrun the processes share them. Read it last.
+or a run directory or snapshot, from which samples are drawn on the fly. Under torchrun processes share the work.
 """
 
 import hashlib
@@ -248,7 +248,7 @@ def run_samples(run, args, device, std):
 
 def open_images(source, args, device):
     """How many images a source has, and a function from numbers to images, uint8 (B, C, H, W) on the CPU."""
-    if (Path(source) / "ema").is_dir():
+    if (Path(source) / "ema").is_dir() or Path(source).suffix == ".pt":
         return args.count, run_samples(source, args, device, args.ema)
     ready = (Path(source) / "about.json").is_file() or (DATASETS / source / "about.json").is_file()
     images = load_dataset(source).images if ready else open_source(source)[0]
@@ -332,7 +332,7 @@ def main():
             raise UserError(f"--plot: {args.plot} is not the name of a .svg file")
         device, run = choose_device(args.device), args.sources[0]
         torch.backends.cudnn.allow_tf32 = False                             # TF32 would change the features
-        if args.out:
+        if args.command == "stats":
             args.out.parent.mkdir(parents=True, exist_ok=True)              # fails now rather than after the work
         features = load_features(args.features, args.weights, device)
         names = args.sources if args.command != "sweep" else [args.reference or dataset_of(run)]

@@ -100,7 +100,7 @@ class MPLinear(nn.Module):
 
     def forward(self, x):
         w = self.weight
-        return F.linear(x, w * w.square().sum(1, keepdim=True).rsqrt())     # w/‖w‖
+        return F.linear(x, w * w.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt())    # w/‖w‖
 
 
 class MPEmbedding(nn.Module):
@@ -117,7 +117,7 @@ class MPEmbedding(nn.Module):
 
 class MPAttention(nn.Module):
     """Multi-head cosine attention, (B, T, D) -> (B, T, D), heads divides D. Uses: normalize, attention, MPLinear.
-    Why cosine: with q and k at RMS 1 per head no logit exceeds sqrt(D/H), so attention cannot saturate [EDM2, MaP-DiT].
+    Why cosine: with q and k at RMS 1 per head no logit exceeds sqrt(D/H), so logits stay bounded [EDM2, MaP-DiT].
     """
 
     def __init__(self, width, heads):
@@ -173,9 +173,9 @@ class Modulation(nn.Module):
 @torch.no_grad()
 def force_weight_normalization(model):
     """Put every row of the MPLinear and MPEmbedding weights in `model` back to RMS 1, in place [EDM2, Eq. 66].
-    Call it after every optimizer step. Why: a step perpendicular to a row always lengthens the row, and the longer it
-    is, the less the next step turns it. Rows put back to one length turn at the rate of the learning rate schedule."""
+    Call it after every optimizer step. Why: a step perpendicular to a row lengthens the row, and the longer it is, the
+    less the next step turns it. With rows of one length, the learning rate schedule alone sets how fast they turn."""
     for module in model.modules():
         if isinstance(module, (MPLinear, MPEmbedding)):
             w = module.weight
-            w.mul_(math.sqrt(w.shape[1]) / w.norm(dim=1, keepdim=True))
+            w.mul_(math.sqrt(w.shape[1]) / w.norm(dim=1, keepdim=True).clamp(min=1e-12))

@@ -41,7 +41,7 @@ from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLi
 SIZES = {"XS": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
-def key(default, doc, low=None, high=None, choices=None):
+def key(default, doc, low=-1e18, high=1e18, choices=None):
     """A documented configuration key: a dataclass field with the bounds of its numbers, or the words it may hold."""
     return field(default=default, metadata={"doc": doc, "bounds": (low, high, choices)})
 
@@ -302,7 +302,7 @@ class DiT(nn.Module):
             init_plain(self)
 
     def run_blocks(self, x, cond):
-        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). This is what a variant overrides."""
+        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). A variant overrides this; it should keep RMS 1."""
         for block in self.blocks:
             x = block(x, cond)
         return x

@@ -63,8 +63,7 @@ def heun_sampler(denoise, noise, labels=None, steps=32, sigma_min=0.002, sigma_m
 def guided(denoiser, guidance, guide=None, interval=(0.0, math.inf)):
     """A denoise(x, sigma, labels) that extrapolates from a weaker denoiser: weak + guidance·(main - weak).
     guide: the weaker one, shown the same labels [Autoguidance]; without it, `denoiser` itself shown the null label,
-    which is classifier-free guidance. guidance = 1 is none. Acts for interval[0] < sigma <= interval[1]
-    """
+    which is classifier-free guidance. guidance = 1 is none. It acts for interval[0] < sigma <= interval[1]."""
     def denoise(x, sigma, labels):
         if guidance == 1 or not interval[0] < sigma <= interval[1]:
             return denoiser(x, sigma, labels)
@@ -205,8 +204,7 @@ def leave_processes(processes):
 
 
 def exchange(text, processes):
-    """What all processes have to say, in their order: each gives a text of up to 16 KB and gets the list of all.
-    Why as tensors: torch's own exchange of objects unpickles what it gets."""
+    """Gather one text of up to 16 KB from each process, in their order. Why as tensors: torch's own way unpickles."""
     mine = torch.zeros(2**14, dtype=torch.uint8)
     mine[:len(text.encode())] = torch.tensor(list(text.encode()), dtype=torch.uint8)
     everyone = [torch.empty_like(mine) for _ in range(processes)]
@@ -217,7 +215,7 @@ def exchange(text, processes):
 
 @contextmanager
 def together(processes):
-    """A part in which any process may refuse: then all of them do. Why: the others would wait for half an hour."""
+    """A part in which any process may refuse: then all of them do. Why: so one line is said, and none waits."""
     refusal = ""
     try:
         yield
@@ -309,7 +307,7 @@ def main():
         cells = total * (args.steps + 1 if args.gif else 1) * max(config.image_size, 64) ** 2
         for wrong, text in (
                 (weaker and args.guidance == 1, "--guide: does nothing without --guidance"),
-                (args.labels and max(rows) >= config.num_classes, f"--labels: of 0 to {config.num_classes - 1}"),
+                (args.labels and max(rows) >= config.num_classes, f"--labels: the run has {config.num_classes}"),
                 (not (grid or npz or folder), f"--out: {out} must end in .png or .npz, or have no suffix: a directory"),
                 (args.gif and (not grid or facts["latent"]), "--gif: goes with a grid of pixels"),
                 (args.guidance_interval[0] >= args.guidance_interval[1], "--guidance-interval: LO must be below HI"),

@@ -58,7 +58,7 @@ class TrainConfig:
     learning_rate: float = key(0.01, "alpha_ref of the schedule, the rate between warm-up and decay", 1e-9, 1e3)
     warmup_steps: int = key(0, "steps over which the rate rises linearly", 0, 10**9)
     decay_steps: int = key(0, "t_ref: after this many steps the rate falls as 1/sqrt(step) (0: never)", 0, 10**9)
-    p_mean: float = key(-0.4, "mean of ln(sigma) in training", -20, 20)
+    p_mean: float = key(-0.4, "mean of ln(sigma) in training: higher for layout and shape, lower for detail", -20, 20)
     p_std: float = key(1.0, "standard deviation of ln(sigma) in training", 1e-3, 20)
     ema_stds: tuple[float, ...] = key((0.05, 0.10), "relative widths of the averages tracked", 0.001, 0.288)
     log_every: int = key(50, "steps between lines of log.jsonl", 1, 10**9)
@@ -153,9 +153,9 @@ def learning_rate(step, config):
     return rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
-def random_numbers(config, number, device, stream="step"):
-    """The generator of step `number`. Why hash + number: a seed has 32 bits, and no step may repeat another's draws."""
-    start = int.from_bytes(hashlib.sha256(f"{config.seed} {stream}".encode()).digest()[:4], "big")
+def random_numbers(config, number, device):
+    """Generator `number` of a run. Why hash + number: a seed has 32 bits, and no two of a run may draw the same."""
+    start = int.from_bytes(hashlib.sha256(str(config.seed).encode()).digest()[:4], "big")
     return torch.Generator(device).manual_seed((start + number) % 2**32)
 
 
@@ -199,7 +199,7 @@ def optimizer_step(denoiser, optimizer, rate):
 
 
 def gradient_norm(module):
-    """Norm of the gradients of all matrices, as autograd left them. Why only these: a single gain can outweigh them."""
+    """Norm of the gradients of all matrices, before any is changed. Why only these: a single gain can outweigh them."""
     gradients = [p.grad for p in module.parameters() if p.ndim == 2 and p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).item()
 
@@ -212,7 +212,7 @@ def lock_run(out):
     lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"out: {out} is in use by another training; choose another out") from None
     except (OSError, AttributeError):                                       # a disk or a system that has no locks
         print(f"warning: {out} cannot be locked; start one training in it at a time", file=sys.stderr)
@@ -243,16 +243,20 @@ def read_state(config, facts, denoiser, ema, optimizer):
             return {name: state[name] for name in ("step", "losses", "sha256", "config")} | {"damaged": damaged}
     if damaged:
         raise UserError(f"{'; '.join(damaged)}; to start anew, choose another out or remove it")
+    last = max((step for step, _, _ in list_snapshots(Path(config.out) / "ema")), default=0)
+    if last > config.save_every:                                            # one killed before its first state has fewer
+        raise UserError(f"{config.out} has snapshots up to step {last}, but no state to go on from; choose another out")
     return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
 
 
 def prepare_run(config, state):
     """Write config.toml, and cut the log and the snapshots back to where the state stands."""
     out, step = Path(config.out), state["step"]
-    for problem in state["damaged"]:                                        # aside, or it would become the older state
-        print(f"warning: {problem}; going on from step {step}", file=sys.stderr)
+    if state["damaged"]:                                                    # aside, or it would become the older state
+        print(f"warning: {state['damaged'][0]}; going on from step {step}", file=sys.stderr)
         os.replace(out / "state.pt", out / "state-damaged.pt")
-    for path in (*out.rglob("*.writing"), *(path for later, _, path in list_snapshots(out / "ema") if later > step)):
+    unfinished = [*out.glob("state-next.pt.*.writing"), *out.glob("ema/*.writing")]
+    for path in (*unfinished, *(path for later, _, path in list_snapshots(out / "ema") if later > step)):
         path.unlink()
     with atomic_file(out / "config.toml") as file:
         for name, value in flatten(config).items():
@@ -373,9 +377,11 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         optimizer.zero_grad()
         for part in parts:
             images, labels, sigma, noise = prepare_batch(config, facts, *next(batches), draws, part)
-            model.require_backward_grad_sync = part is parts[-1]            # sum gradients over processes only once
+            if processes > 1:                                               # sum gradients over processes only once
+                model.require_backward_grad_sync = part is parts[-1]
             loss = edm2_loss(model, denoiser.uncertainty, images, labels, sigma, noise) / len(parts)
-            generator = random_numbers(config, step * config.batch + part.start, device, "extra")
+            number = 2**31 + (step * config.batch + part.start) // micro     # those below are the steps'
+            generator = random_numbers(config, number, device)
             extra = denoiser.net.extra_loss(narrowest, images, generator) / len(parts)
             ((loss + extra) * images[0].numel()).backward()                 # a sum over channels and pixels, as EDM2's
             loss_step += loss.detach()

@@ -1,29 +1,86 @@
+"""What the tests share: a command run in this process, and one run by processes beside it."""
+
 import contextlib
+import functools
 import importlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 
-def call(script, *words):
+def run_script(words):
+    from data import run_main
+    sys.argv = [str(word) for word in words]
+    run_main(importlib.import_module(words[0].removesuffix(".py")).main)
+
+
+def call(*words):
     """What a command would do, in this process, which saves starting one: its exit code, stdout and stderr."""
-    module, out, err = importlib.import_module(script.removesuffix(".py")), io.StringIO(), io.StringIO()
+    out, err, code = io.StringIO(), io.StringIO(), 0
     argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv, code = [script, *map(str, words)], 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            module.main()
+            run_script(words)
     except SystemExit as end:
-        code = end.code
+        code = end.code or 0
     finally:
         sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+@functools.cache
+def forks():
+    """Processes that are forks of one that has imported everything. Why: importing torch takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "train", "sample", "fid", "pytest", "conftest"])
+    return context
+
+
+def work(files, environment, setup, words):
+    """The life of one process of a Job."""
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    setup()
+    run_script(words)
+
+
+class Job:
+    """Processes begun as torchrun begins them, each with a command of its own. setup: what they call first."""
+
+    def __init__(self, *commands, setup=list):
+        self.out, self.err, self.processes = *(tempfile.NamedTemporaryFile("r") for _ in range(2)), []
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank, words in enumerate(commands):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            environment = {name: str(value) for name, value in ranks.items() if len(commands) > 1}
+            args = [self.out.name, self.err.name], environment, setup, words
+            self.processes.append(forks().Process(target=work, args=args, daemon=True))
+            self.processes[-1].start()
+
+    def finish(self, seconds=60):
+        """Wait for them, and kill those that take longer. Returns their exit codes, and what they wrote together."""
+        limit = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(limit - time.monotonic(), 0))
+            process.kill()
+            process.join()
+        texts = [Path(file.name).read_text() for file in (self.out, self.err)]
+        return subprocess.CompletedProcess(None, [process.exitcode for process in self.processes], *texts)
