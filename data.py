@@ -94,8 +94,10 @@ def regular(path):
 def run_main(main):
     """Run a script's main(): a UserError is one line and exit code 2, what the machine refuses is 1, Ctrl-C is 130."""
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:                                                            # after --help too, which exits
+            sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):                              # or Python tries to flush once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

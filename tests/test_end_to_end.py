@@ -31,7 +31,6 @@ def run(*command, processes=1):
 
 
 def done(*command):
-    """The same for one process, in this one."""
     result = call(*command)
     assert result.returncode == 0, result.stderr
     return result

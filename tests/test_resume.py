@@ -36,7 +36,6 @@ def wait_for_step(folder, step):
 
 
 def same_run(a, b):
-    """Whether states, logs and snapshots are the same, bit for bit."""
     names = ("step", "losses", "data", "weights", "ema", "optimizer")
     ours, theirs = ({name: load_file(folder / "state.pt")[name] for name in names} for folder in (a, b))
     ours |= {path.name: load_file(path) for path in a.glob("ema/*.pt")}
@@ -53,7 +52,6 @@ def assert_refused(result, *said, code=2):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An undisturbed run of 40 steps."""
     folder = tmp_path_factory.mktemp("whole")
     done(*words(folder, 40))
     return folder
@@ -156,6 +154,9 @@ def test_a_damaged_state_is_put_aside_and_the_one_before_it_taken(whole, copy):
     for name in ("state.pt", "state-previous.pt"):
         (copy / name).write_bytes(b"")
     assert_refused(call(*words(copy, 40)), "state.pt: ", "state-previous.pt: ", "choose another out")
+    for name in ("state.pt", "state-previous.pt"):
+        (copy / name).unlink()
+    assert_refused(call(*words(copy, 40)), "has snapshots up to step 40, but no state to go on from")
 
 
 def other_labels(folder):
