@@ -130,7 +130,7 @@ def config_class(variant=""):
     if not variant:
         return DiTConfig
     if not (str(variant).isidentifier() and importlib.util.find_spec(f"variants.{variant}")):
-        raise ValueError(f"variant: there is no variants/{str(variant)[:60]}.py")
+        raise ValueError(f"there is no variants/{str(variant)[:60]}.py")
     return importlib.import_module(f"variants.{variant}").Config
 
 

@@ -206,7 +206,8 @@ def leave_processes(processes):
 def exchange(text, processes):
     """Gather one text of up to 16 KB from each process, in their order. Why as tensors: torch's own way unpickles."""
     mine = torch.zeros(2**14, dtype=torch.uint8)
-    mine[:len(text.encode())] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    data = text.encode(errors="replace")
+    mine[:len(data)] = torch.tensor(list(data), dtype=torch.uint8)
     everyone = [torch.empty_like(mine) for _ in range(processes)]
     if processes > 1:
         dist.all_gather(everyone, mine)
@@ -219,7 +220,9 @@ def together(processes):
     refusal = ""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if processes == 1:
+            raise
         refusal = str(error)[:2000]
     refusal = next(filter(None, exchange(refusal, processes)), "")
     if refusal:

@@ -119,6 +119,7 @@ def load_config(argv):
             where = f"{chosen.config}: " if name in values else ""
             raise UserError(f"{where}{name[:60]}: unknown key; did you mean {near!r}?")
     checked = {}
+    values = {name: value for name, value in values.items() if f"--{name}" not in given}
     for name, value in (values | given).items():
         f = keys[name.lstrip("-")]
         with reading(name if name in given else f"{chosen.config}: {name}"):
@@ -244,7 +245,7 @@ def read_state(config, facts, denoiser, ema, optimizer):
     if damaged:
         raise UserError(f"{'; '.join(damaged)}; to start anew, choose another out or remove it")
     last = max((step for step, _, _ in list_snapshots(Path(config.out) / "ema")), default=0)
-    if last > config.save_every:                                            # one killed before its first state has fewer
+    if last > config.save_every:                                            # one killed before its first state: fewer
         raise UserError(f"{config.out} has snapshots up to step {last}, but no state to go on from; choose another out")
     return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
 
@@ -255,9 +256,12 @@ def prepare_run(config, state):
     if state["damaged"]:                                                    # aside, or it would become the older state
         print(f"warning: {state['damaged'][0]}; going on from step {step}", file=sys.stderr)
         os.replace(out / "state.pt", out / "state-damaged.pt")
-    unfinished = [*out.glob("state-next.pt.*.writing"), *out.glob("ema/*.writing")]
-    for path in (*unfinished, *(path for later, _, path in list_snapshots(out / "ema") if later > step)):
-        path.unlink()
+    for name in ("state-next*", "config*", "log*", "ema/*", "samples/*"):   # of a training that was killed
+        for path in out.glob(f"{name}.writing"):
+            path.unlink()
+    for later, _, path in list_snapshots(out / "ema"):
+        if later > step:
+            path.unlink()
     with atomic_file(out / "config.toml") as file:
         for name, value in flatten(config).items():
             file.write(f"{name} = {json.dumps(value, ensure_ascii=False)}\n".encode())
@@ -368,7 +372,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     if config.compile and device.type == "cuda":
         denoiser.net.compile()
     model = DistributedDataParallel(denoiser) if processes > 1 else denoiser
-    losses = torch.tensor(state["losses"] if rank == 0 else [0.0, 0.0], device=device)      # sum, count since last line
+    losses = torch.tensor(state["losses"], device=device)                   # sum and count since the last log line
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
 
     for step in range(first, config.steps):
@@ -418,7 +422,8 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             if to_sample:
                 save_samples(config, facts, ema.averages[max(config.ema_stds)], done)
             if to_save:
-                save_state(config, facts, denoiser, ema, optimizer, done, [0.0, 0.0] if to_log else [total, count])
+                kept = [0.0, 0.0] if to_log else [total / processes, count / processes]
+                save_state(config, facts, denoiser, ema, optimizer, done, kept)
         if stop and done < config.steps:
             if rank == 0:
                 print(f"stopped after step {done}, saved; the same command goes on", file=sys.stderr)
@@ -450,8 +455,10 @@ def main():
         for number, text in enumerate(exchange(json.dumps(ours), processes)):
             if wrong := differences(json.loads(text), json.loads(json.dumps(ours)), LOCAL):
                 raise UserError(f"process {number} has {wrong}")
+    with together(processes):
+        if rank == 0:
+            prepare_run(config, state)
     if rank == 0:
-        prepare_run(config, state)
         print(f"{sum(p.numel() for p in model[0].parameters()):,} parameters, {len(dataset):,} images, "
               f"{device.type} x {processes}, steps {state['step']} to {config.steps}", flush=True)
     train(config, dataset, device, *model, state, lock, rank, processes)

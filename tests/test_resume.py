@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_written(copy, 
     real, step, bad = train.edm2_loss, itertools.count(41), {41, 44, 45}
     monkeypatch.setattr(train, "edm2_loss", lambda *batch: real(*batch) * (float("nan") if next(step) in bad else 1))
     assert_refused(call(*words(copy, 80)), "the loss of step 45 is not finite")
-    state = load_file(copy / "state.pt")                                    # step 41, where nothing was due, is left out
+    state = load_file(copy / "state.pt")                                  # step 41, where nothing was due, is left out
     assert state["step"] == 42 and state["losses"][1] == 1 and state["weights"]["net.output.gain"].isfinite()
 
 

@@ -17,9 +17,9 @@ COLOURS = ("#3b82c4", "#d9622b", "#2f9e5b", "#9b59b6", "#b8860b", "#7f7f7f")
 
 
 def ticks(low, high):
-    """Three to seven round numbers from low to high."""
+    """Three to eight round numbers from low to high."""
     step = 10 ** math.floor(math.log10((high - low) / 3))
-    step *= max(factor for factor in (1, 2, 5) if factor * step <= (high - low) / 3)
+    step *= max((factor for factor in (1, 2, 5) if factor * step <= (high - low) / 3), default=1)
     return np.arange(math.ceil(low / step), math.floor(high / step + 1e-9) + 1) * step
 
 
@@ -72,7 +72,8 @@ def main():
     for run in args.runs:
         with reading(run / "log.jsonl"):
             lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-            curves[str(run)] = [(line["step"], float(line[args.key])) for line in lines if args.key in line]
+            points = [(line["step"], float(line[args.key])) for line in lines if args.key in line]
+            curves[str(run)] = [point for point in points if abs(point[1]) < 1e100]         # neither nan nor infinite
         if not curves[str(run)]:
             names = sorted({name for line in lines for name in line})
             raise UserError(f"{run}: its log has no {args.key}, but {', '.join(names)}")
