@@ -358,12 +358,34 @@ def show(config, done, loss, rate):
     print(f"\r\033[K{text}" if terminal else text, end="" if terminal and done < config.steps else "\n", flush=True)
 
 
+def write_due(config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, stop):
+    """Write what is due after `done` steps: a line of the log, snapshots, samples, a state.
+    Why the state last: a run goes on from it, and everything before it must be on disk by then."""
+    out, (total, count) = Path(config.out), losses
+    if os.fstat(lock).st_nlink == 0 or not (out / "lock").exists():
+        raise OSError(f"{out} was deleted or moved, and another training may have its place")
+    logged = due(done, config.log_every, config)
+    if logged:
+        images, labels, sigma, noise = batch
+        rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
+        log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config),
+                  "loss": total / count, "gradient_norm": norm, **rms})
+    if due(done, config.snapshot_every, config):
+        info = {"variant": config.variant, "model": dataclasses.asdict(config.model), "data": facts}
+        for std, average in ema.averages.items():
+            save_snapshot(out / "ema", average, done, std, info)
+    if due(done, config.sample_every, config):
+        save_samples(config, facts, ema.averages[max(config.ema_stds)], done)
+    if stop or due(done, config.save_every, config):
+        save_state(config, facts, denoiser, ema, optimizer, done, [0.0, 0.0] if logged else losses)
+
+
 def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, processes):
     """Train from state["step"] to config.steps. All processes run this; the first one writes.
     One step: draw, gradients over the micro-batches, Adam, weights forced back to RMS 1, averages, then what is due.
     Why in this order: averages and files see only weights of RMS 1, and a state holds all of its step and nothing else.
     """
-    out, facts, first = Path(config.out), dataset.facts, state["step"]
+    facts, first = dataset.facts, state["step"]
     share, narrowest = config.batch // processes, ema.averages[min(config.ema_stds)]
     micro = config.micro_batch or share
     parts = [slice(start, start + micro) for start in range(rank * share, (rank + 1) * share, micro)]
@@ -395,35 +417,24 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         ema.update(denoiser, done)
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
 
+        # what is due: agree on it, check the loss, write
         stop = over_processes([len(asked)], processes)[0] > 0
-        to_log, to_save = due(done, config.log_every, config), stop or due(done, config.save_every, config)
-        to_sample, to_snapshot = due(done, config.sample_every, config), due(done, config.snapshot_every, config)
-        if not (to_log or to_save or to_sample or to_snapshot):
+        logs = due(done, config.log_every, config)
+        others = (config.save_every, config.sample_every, config.snapshot_every)
+        if not (stop or logs or any(due(done, every, config) for every in others)):
             continue
         total, count, latest = over_processes([*losses.tolist(), loss_step.item()], processes)
         if not math.isfinite(latest):
             raise UserError("" if rank else f"the loss of step {done} is not finite; the last saved state is good, go "
                             "on from it with a lower learning rate")
-        if to_log:
-            losses.zero_()
         if rank == 0:
-            if os.fstat(lock).st_nlink == 0 or not (out / "lock").exists():
-                raise OSError(f"{out} was deleted or moved, and another training may have its place")
-            if to_log:
-                rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
-                log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(step, config),
-                          "loss": total / count, "gradient_norm": norm, **rms})
+            write_due(config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
+                      [total / processes, count / processes], norm, stop)
+        if logs:
+            losses.zero_()
+            if rank == 0:
                 show(config, done, total / count, (done - shown) / (time.monotonic() - clock))
-                clock, shown = time.monotonic(), done
-            if to_snapshot:
-                info = {"variant": config.variant, "model": dataclasses.asdict(config.model), "data": facts}
-                for std, average in ema.averages.items():
-                    save_snapshot(out / "ema", average, done, std, info)
-            if to_sample:
-                save_samples(config, facts, ema.averages[max(config.ema_stds)], done)
-            if to_save:
-                kept = [0.0, 0.0] if to_log else [total / processes, count / processes]
-                save_state(config, facts, denoiser, ema, optimizer, done, kept)
+            clock, shown = time.monotonic(), done
         if stop and done < config.steps:
             if rank == 0:
                 print(f"stopped after step {done}, saved; the same command goes on", file=sys.stderr)
