@@ -26,6 +26,7 @@ import hashlib
 import os
 import re
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -173,7 +174,8 @@ def load_file(path, mmap=False):
     with reading(path):
         if not Path(path).is_file():
             raise ValueError("there is no such file")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings(action="ignore"):                      # whatever matters is raised
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if content.pop("format", 1) != FORMAT:
             raise ValueError("was written by another version of this code; train again")
         sha256 = content.pop("sha256")

@@ -151,7 +151,8 @@ def load_denoiser(path, device, std=None):
         denoiser = Denoiser(config)
         denoiser.load_state_dict(snapshot["weights"])
         fits = from_network(torch.zeros(1, config.channels, 1, 1), facts).shape == (1, config.channels, 1, 1)
-        if not (fits and np.isfinite(facts["mean"] + facts["std"]).all() and min(facts["std"]) > 0):
+        finite = np.isfinite(facts["mean"] + facts["std"]).all() and min(facts["std"]) > 0
+        if not (fits and finite and type(facts["latent"]) is bool):
             raise ValueError("its data statistics do not fit, or are not finite")
     return denoiser.to(device).eval(), facts
 
