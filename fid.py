@@ -12,7 +12,6 @@ A source is a set that data.py made ready, a folder, zip or npz of images as the
 or a run directory or snapshot, from which samples are drawn on the fly. Under torchrun processes share the work.
 """
 
-import hashlib
 import sys
 import tomllib
 from pathlib import Path

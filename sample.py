@@ -200,7 +200,7 @@ def join_processes():
 def leave_processes(processes):
     """Wait for the others, who may still be writing, and disconnect."""
     if processes > 1:
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))                                     # on the CPU: a barrier may ask for a GPU
         dist.destroy_process_group()
 
 
