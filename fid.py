@@ -38,7 +38,7 @@ class FeatureStatistics:
     Why plain sums in float64: Inception's features have means near 0.3, so the subtraction of the mean at the end
     loses nothing."""
 
-    count, sum, products = 0, 0, 0
+    count = sum = products = 0
 
     def update(self, features):
         x = (features.cpu() if features.device.type == "mps" else features).double()        # mps has no float64
@@ -163,16 +163,10 @@ class Block(nn.Module):
 
 
 def resize(x, size):
-    """Bilinear resize (B, C, H, W) -> (B, C, size, size) as in TensorFlow 1: pixel i of n comes from i·N/n."""
-    for dim in (3, 2):
-        length = x.shape[dim]
-        source = torch.arange(size, dtype=torch.float64, device="cpu") * (length / size)
-        low = source.floor().long()
-        share = (source - low).to(x.dtype).to(x.device)
-        low = low.to(x.device)
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=length - 1))
-        x = torch.lerp(a, b, share if dim == 3 else share[:, None])
-    return x
+    """Bilinear resize (B, C, H, W) -> (B, C, size, size) as in TensorFlow 1: pixel i of n comes from i·N/n.
+    Why with one row and column more: with the corners aligned, torch reads pixel i of n + 1 at i·N/n of N + 1."""
+    x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+    return F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)[..., :size, :size]
 
 
 class Inception(Block):
