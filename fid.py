@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import fuse_conv_bn_eval
 
 from data import (DATASETS, Parser, UserError, download, load_dataset, number, open_source, progress, reading, regular,
                   run_main)
@@ -180,6 +181,15 @@ class Inception(Block):
         return super().forward((resize(x.float(), 299) - 128) / 128).mean(dim=(2, 3))
 
 
+def fold_normalization(network):
+    """Move each batch normalization of an Inception in eval mode into the convolution before it.
+    Why after loading, not in the table: the weights file holds both, and one pass over the pixels is faster than two."""
+    for module in network.modules():
+        if isinstance(module, Conv):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+
+
 def load_inception(path=None):
     """The network with the public weights, from `path` or downloaded once into torch's cache. Raises UserError."""
     if path is None:
@@ -188,7 +198,8 @@ def load_inception(path=None):
     with reading(path):
         network = Inception()
         network.load_state_dict(torch.load(regular(path), map_location="cpu", weights_only=True))
-    return network.eval()
+    fold_normalization(network.eval())
+    return network.to(memory_format=torch.channels_last)                    # faster, above all on CPUs
 
 
 # ---- features and sources ----
