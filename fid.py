@@ -72,7 +72,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = vectors * np.sqrt(clean(values)) @ vectors.T
     product = root @ sigma2 @ root
     trace = np.sqrt(clean(np.linalg.eigvalsh((product + product.T) / 2))).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
+    return max(float(distance), 0.0)                                        # rounding may end below
 
 
 # ---- the Inception network of 2015-12-05, as a table with the names of the public weights file ----

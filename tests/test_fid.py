@@ -33,6 +33,13 @@ def test_distance_agrees_with_the_matrix_square_root_where_that_works_and_with_c
     assert frechet_distance(zero, low, zero, 4 * low) == pytest.approx(np.trace(low), rel=1e-7)
 
 
+def test_distance_of_nearly_equal_gaussians_is_not_negative():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        sigma = random_covariance(generator, 30, 60)
+        assert 0 <= frechet_distance(np.zeros(30), sigma, np.full(30, 1e-12), sigma) < 1e-12
+
+
 def test_mean_and_covariance_in_parts_equal_numpys_for_features_like_inceptions():
     generator = np.random.default_rng(0)
     features = generator.exponential(0.3, (1000, 12)) * generator.uniform(0.02, 2, 12)      # at least 0, mean near 0.3
