@@ -14,14 +14,14 @@ or a run directory or snapshot, from which samples are drawn on the fly. Under t
 
 import sys
 import tomllib
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import fuse_conv_bn_eval
 
 from data import (DATASETS, Parser, UserError, download, load_dataset, number, open_source, progress, reading, regular,
                   run_main)
@@ -30,6 +30,7 @@ from sample import (check_guidance, choose_device, guided, join_processes, leave
                     sample, together)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+LAYOUT = "61093f3898ff55ee"                                                 # of the names and shapes in that file
 
 
 # ---- the distance ----
@@ -76,93 +77,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(distance), 0.0)                                        # rounding may end below
 
 
-# ---- the Inception network of 2015-12-05, as a table with the names of the public weights file ----
-
-POOLS = {
-    "average": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),  # unlike torchvision's
-    "max": lambda x: F.max_pool2d(x, 3, stride=1, padding=1),
-    "max/2": lambda x: F.max_pool2d(x, 3, stride=2),
-}
-
-# A block is a list of paths side by side, a path a list of steps in turn. A step is the name of a pool, (name, block),
-# (name, channels, kernel) for a convolution that keeps the size, (name, channels, kernel, stride) for one without
-# padding, or a tuple of steps that all see the same input.
-ROW7, COLUMN7, ROW3, COLUMN3 = (1, 7), (7, 1), (1, 3), (3, 1)
-
-
-def block_a(pool):
-    return [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-            ["average", ("branch_pool", pool, 1)]]
-
-
-def block_c(c):
-    return [[("branch1x1", 192, 1)], [("branch7x7_1", c, 1), ("branch7x7_2", c, ROW7), ("branch7x7_3", 192, COLUMN7)],
-            [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, COLUMN7), ("branch7x7dbl_3", c, ROW7),
-             ("branch7x7dbl_4", c, COLUMN7), ("branch7x7dbl_5", 192, ROW7)], ["average", ("branch_pool", 192, 1)]]
-
-
-def block_e(pool):
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), (("branch3x3_2a", 384, ROW3), ("branch3x3_2b", 384, COLUMN3))],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-             (("branch3x3dbl_3a", 384, ROW3), ("branch3x3dbl_3b", 384, COLUMN3))], [pool, ("branch_pool", 192, 1)]]
-
-
-BLOCK_B = [[("branch3x3", 384, 3, 2)],
-           [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)], ["max/2"]]
-BLOCK_D = [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-           [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, ROW7), ("branch7x7x3_3", 192, COLUMN7),
-            ("branch7x7x3_4", 192, 3, 2)], ["max/2"]]
-NETWORK = [[("Conv2d_1a_3x3", 32, 3, 2), ("Conv2d_2a_3x3", 32, 3, 1), ("Conv2d_2b_3x3", 64, 3), "max/2",      # 73×73
-            ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1), "max/2",                                  # 35×35
-            ("Mixed_5b", block_a(32)), ("Mixed_5c", block_a(64)), ("Mixed_5d", block_a(64)), ("Mixed_6a", BLOCK_B),
-            ("Mixed_6b", block_c(128)), ("Mixed_6c", block_c(160)), ("Mixed_6d", block_c(160)),               # 17×17
-            ("Mixed_6e", block_c(192)), ("Mixed_7a", BLOCK_D), ("Mixed_7b", block_e("average")),              # 8×8
-            ("Mixed_7c", block_e("max"))]]
-
-
-class Conv(nn.Module):
-    """Convolution without bias, batch normalization, ReLU."""
-
-    def __init__(self, fan_in, fan_out, kernel, stride=None):
-        super().__init__()
-        self.conv = nn.Conv2d(fan_in, fan_out, kernel, stride or 1, 0 if stride else "same", bias=False)
-        self.bn = nn.BatchNorm2d(fan_out, eps=0.001)
-        self.width = fan_out
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
-
-class Block(nn.Module):
-    """A block of the table: the results of its paths, concatenated to `width` channels."""
-
-    def __init__(self, fan_in, paths):
-        super().__init__()
-        self.paths, self.width = [], 0
-        for path in paths:
-            width, steps = fan_in, []
-            for step in path:
-                if not isinstance(step, str):
-                    fork = step if isinstance(step[0], tuple) else (step,)
-                    for name, *spec in fork:
-                        self.add_module(name, Block(width, *spec) if isinstance(spec[0], list) else Conv(width, *spec))
-                    step = [name for name, *_ in fork]
-                    width = sum(getattr(self, name).width for name in step)
-                steps.append(step)
-            self.paths.append(steps)
-            self.width += width
-
-    def forward(self, x):
-        results = []
-        for path in self.paths:
-            y = x
-            for step in path:
-                y = POOLS[step](y) if isinstance(step, str) else torch.cat([getattr(self, name)(y) for name in step], 1)
-            results.append(y)
-        return torch.cat(results, dim=1)
-
+# ---- the Inception network of 2015-12-05 ----
 
 def resize(x, size):
     """Bilinear resize (B, C, H, W) -> (B, C, size, size) as in TensorFlow 1: pixel i of n comes from i·N/n.
@@ -171,36 +86,77 @@ def resize(x, size):
     return F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)[..., :size, :size]
 
 
-class Inception(Block):
-    """Images uint8 RGB (B, 3, H, W) -> the 2048 pooled features of FID (B, 2048)."""
+def inception(images, weights):
+    """The network of 2015-12-05: images uint8 RGB (B, 3, H, W) -> the 2048 pooled features of FID (B, 2048).
+    weights: the kernel and bias of each convolution, by its name in the public file. Why no widths are written here:
+    they are those of the kernels, and load_inception takes only kernels of the right shapes."""
+    def conv(x, name, stride=None):                                         # the size stays, unless there is a stride
+        return F.relu(F.conv2d(x, *weights[name], stride or 1, 0 if stride else "same"))
 
-    def __init__(self):
-        super().__init__(3, NETWORK)
-        self.fc = nn.Linear(2048, 1008)                                     # unused, but in the weights file
+    def branch(x, block, *names):
+        for name in names:
+            x = conv(x, f"{block}.branch{name}")
+        return x
 
-    def forward(self, x):
-        return super().forward((resize(x.float(), 299) - 128) / 128).mean(dim=(2, 3))
+    def average(x):                                                         # unlike torchvision's
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+    def maximum(x):
+        return F.max_pool2d(x, 3, stride=1, padding=1)
+
+    x = (resize(images.float(), 299) - 128) / 128
+    x = conv(conv(conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3", 1), "Conv2d_2b_3x3")
+    x = F.max_pool2d(x, 3, stride=2)                                        # (B, 64, 73, 73)
+    x = conv(conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", 1)
+    x = F.max_pool2d(x, 3, stride=2)                                        # (B, 192, 35, 35)
+    for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+        x = torch.cat([branch(x, block, "1x1"), branch(x, block, "5x5_1", "5x5_2"),
+                       branch(x, block, "3x3dbl_1", "3x3dbl_2", "3x3dbl_3"), branch(average(x), block, "_pool")], 1)
+    double = branch(x, "Mixed_6a", "3x3dbl_1", "3x3dbl_2")
+    x = torch.cat([conv(x, "Mixed_6a.branch3x3", 2), conv(double, "Mixed_6a.branch3x3dbl_3", 2),
+                   F.max_pool2d(x, 3, stride=2)], 1)                        # (B, 768, 17, 17)
+    for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+        x = torch.cat([branch(x, block, "1x1"), branch(x, block, "7x7_1", "7x7_2", "7x7_3"),
+                       branch(x, block, "7x7dbl_1", "7x7dbl_2", "7x7dbl_3", "7x7dbl_4", "7x7dbl_5"),
+                       branch(average(x), block, "_pool")], 1)
+    single = branch(x, "Mixed_7a", "3x3_1")
+    double = branch(x, "Mixed_7a", "7x7x3_1", "7x7x3_2", "7x7x3_3")
+    x = torch.cat([conv(single, "Mixed_7a.branch3x3_2", 2), conv(double, "Mixed_7a.branch7x7x3_4", 2),
+                   F.max_pool2d(x, 3, stride=2)], 1)                        # (B, 1280, 8, 8)
+    for block, pool in (("Mixed_7b", average), ("Mixed_7c", maximum)):
+        single = branch(x, block, "3x3_1")
+        double = branch(x, block, "3x3dbl_1", "3x3dbl_2")
+        x = torch.cat([branch(x, block, "1x1"), branch(single, block, "3x3_2a"), branch(single, block, "3x3_2b"),
+                       branch(double, block, "3x3dbl_3a"), branch(double, block, "3x3dbl_3b"),
+                       branch(pool(x), block, "_pool")], 1)
+    return x.mean(dim=(2, 3))                                               # (B, 2048)
 
 
-def fold_normalization(network):
-    """Move each batch normalization of an Inception in eval mode into the convolution before it.
-    Why after loading, not in the table: the weights file holds both, and one pass over the pixels is faster than two."""
-    for module in network.modules():
-        if isinstance(module, Conv):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
-            module.bn = nn.Identity()
+def fold_normalization(state):
+    """Kernel and bias of each convolution of the weights file, by name, the batch normalization after it folded in.
+    Why: one pass over the pixels is faster than two. The kernels' memory format is the one that is fastest on CPUs."""
+    weights = {}
+    for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
+        gain = state[f"{name}.bn.weight"] / (state[f"{name}.bn.running_var"] + 0.001).sqrt()
+        kernel = state[f"{name}.conv.weight"] * gain[:, None, None, None]
+        bias = state[f"{name}.bn.bias"] - state[f"{name}.bn.running_mean"] * gain
+        weights[name] = kernel.contiguous(memory_format=torch.channels_last), bias
+    return weights
 
 
-def load_inception(path=None):
-    """The network with the public weights, from `path` or downloaded once into torch's cache. Raises UserError."""
+def load_inception(path=None, device="cpu"):
+    """inception() with the public weights, from `path` or downloaded once into torch's cache. Raises UserError.
+    Why the layout is compared: torchvision's Inception has the same convolutions, but is another network."""
     if path is None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
         download(URL, path, "6726825d")
     with reading(path):
-        network = Inception()
-        network.load_state_dict(torch.load(regular(path), map_location="cpu", weights_only=True))
-    fold_normalization(network.eval())
-    return network.to(memory_format=torch.channels_last)                    # faster, above all on CPUs
+        state = torch.load(regular(path), map_location=device, weights_only=True)
+        state = {name: value.float() for name, value in state.items() if not name.endswith(".num_batches_tracked")}
+        layout = sorted((name, tuple(value.shape)) for name, value in state.items())
+        if sha256(repr(layout).encode()).hexdigest()[:16] != LAYOUT:
+            raise ValueError("has other names or shapes than the public weights file")
+    return partial(inception, weights=fold_normalization(state))
 
 
 # ---- features and sources ----
@@ -211,8 +167,10 @@ def load_features(name, weights, device):
     if name == "pixels":
         return lambda images: images.flatten(1).float() / 127.5 - 1
     with reading(f"--features={name}"):
-        network = load_inception(weights) if name == "inception" else torch.jit.load(regular(name), map_location=device)
-        network = network.to(device).eval()
+        if name == "inception":
+            network = load_inception(weights, device)
+        else:
+            network = torch.jit.load(regular(name), map_location=device).eval()
 
     def features(images):
         with reading(f"--features={name}"):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import Job, call
+from data import UserError
 from fid import FeatureStatistics, frechet_distance, load_inception, resize
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8)
@@ -114,13 +115,20 @@ def second_inception(x):
 
 
 @torch.no_grad()
-def test_folded_network_takes_the_public_names_and_agrees_with_a_second_writing_that_folds_nothing(tmp_path):
+def test_network_takes_only_the_public_names_and_shapes_and_agrees_with_a_second_writing_of_it(tmp_path):
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     expected, weights = second_inception((resize(images.float(), 299) - 128) / 128)
     torch.save(weights, tmp_path / "weights.pth")
-    ours = load_inception(tmp_path / "weights.pth")(images)                 # takes no other names or shapes
+    ours = load_inception(tmp_path / "weights.pth")(images)
     assert ours.shape == (1, 2048) and expected.std() > 0.01
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())     # nothing folded
+    weights = {name: torch.zeros(()).expand(value.shape) for name, value in weights.items()}
+    fewer = {name: value for name, value in weights.items() if name != "Mixed_7c.branch_pool.bn.bias"}
+    more = {"AuxLogits.fc.bias": torch.zeros(1000)}
+    for wrong in (fewer, weights | more, weights | {"fc.bias": torch.zeros(1000)}):
+        torch.save(wrong, tmp_path / "weights.pth")
+        with pytest.raises(UserError, match="weights.pth: has other names or shapes"):
+            load_inception(tmp_path / "weights.pth")
 
 
 @pytest.fixture
