@@ -33,8 +33,6 @@ URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_
 LAYOUT = "61093f3898ff55ee"                                                 # of the names and shapes in that file
 
 
-# ---- the distance ----
-
 class FeatureStatistics:
     """Mean and covariance of feature vectors (N, D), from sums in one pass, as EDM2 does it.
     Why plain sums in float64: Inception's features have means near 0.3, so the subtraction of the mean at the end
@@ -76,8 +74,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
     return max(float(distance), 0.0)                                        # rounding may end below
 
-
-# ---- the Inception network of 2015-12-05 ----
 
 def resize(x, size):
     """Bilinear resize (B, C, H, W) -> (B, C, size, size) as in TensorFlow 1: pixel i of n comes from i·N/n.
@@ -159,8 +155,6 @@ def load_inception(path=None, device="cpu"):
     return partial(inception, weights=fold_normalization(state))
 
 
-# ---- features and sources ----
-
 def load_features(name, weights, device):
     """A function from uint8 images (B, C, H, W) to features (B, D): `inception`, `pixels` (for tiny images, scaled to
     -1..1), or a TorchScript file, which is given RGB. Raises UserError for a file that is none."""
@@ -234,8 +228,6 @@ def statistics(source, total, draw, features, batch, device, rank, processes):
             seen.update(features(draw(batch).to(device)))
     return seen.finish(processes)
 
-
-# ---- commands ----
 
 def compare(a, b, names):
     """The Fréchet distance of two sources' statistics, with a warning if there are few images for so many features."""
