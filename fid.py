@@ -129,7 +129,7 @@ def inception(images, weights):
 
 
 def fold_normalization(state):
-    """Kernel and bias of each convolution of the weights file, by name, the batch normalization after it folded in.
+    """Kernel and bias of each convolution of the weights file, by name, with its batch normalization folded in.
     Why: one pass over the pixels is faster than two. The kernels' memory format is the one that is fastest on CPUs."""
     weights = {}
     for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
