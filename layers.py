@@ -98,9 +98,13 @@ class MPLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(fan_out, fan_in), dim=1) * math.sqrt(fan_in))
 
-    def forward(self, x):
+    def unit_rows(self):
+        """The rows as they act, w/‖w‖: (fan_out, fan_in)."""
         w = self.weight
-        return F.linear(x, w * w.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt())    # w/‖w‖
+        return w * w.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
+
+    def forward(self, x):
+        return F.linear(x, self.unit_rows())
 
 
 class MPEmbedding(nn.Module):

@@ -78,7 +78,28 @@ def check_keys(config):
 
 
 @dataclass
-class DiTConfig:
+class NetworkConfig:
+    """The keys that every network has, a transformer or not. Why apart: images and labels are the same for all."""
+
+    label_dropout: float = key(0.1, "share of training images shown with the null label", 0, 1)
+    image_size: int = key(0, "side of the square images (0: as the dataset says)", 0, 8192)
+    channels: int = key(0, "channels of the images (0: as the dataset says)", 0, 1024)
+    num_classes: int = key(-1, "number of labels (-1: as the dataset says, 0: unconditional)", -1, 10**6)
+
+    def __post_init__(self):
+        check_keys(self)
+
+    def for_data(self, image_size, channels, num_classes):
+        """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""
+        facts = {"image_size": image_size, "channels": channels, "num_classes": num_classes if self.num_classes else 0}
+        for name, fact in facts.items():
+            if getattr(self, name) not in (fact, 0, -1):
+                raise ValueError(f"{name}: {getattr(self, name)}, but the dataset has {fact}")
+        return replace(self, **facts)
+
+
+@dataclass
+class DiTConfig(NetworkConfig):
     """Everything needed to build the network. Raises ValueError, in one line, for values that cannot work together."""
 
     block: str = key("mp", "family: mp (magnitude-preserving) or plain (adaLN-Zero)", choices=("mp", "plain"))
@@ -90,13 +111,9 @@ class DiTConfig:
     modulation: tuple[str, ...] = key(("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of "
                                       "rotate, scale, shift, gate (a plain block is always adaLN-Zero)",
                                       choices=Modulation.KINDS)
-    label_dropout: float = key(0.1, "share of training images shown with the null label", 0, 1)
-    image_size: int = key(0, "side of the square images (0: as the dataset says)", 0, 8192)
-    channels: int = key(0, "channels of the images (0: as the dataset says)", 0, 1024)
-    num_classes: int = key(-1, "number of labels (-1: as the dataset says, 0: unconditional)", -1, 10**6)
 
     def __post_init__(self):
-        check_keys(self)
+        super().__post_init__()
         depth, width, heads = SIZES[self.size]
         self.depth, self.width, self.heads = self.depth or depth, self.width or width, self.heads or heads
         self.modulation = tuple(kind for kind in Modulation.KINDS if kind in self.modulation)
@@ -115,14 +132,6 @@ class DiTConfig:
     def network(self):
         """The network that this configures; the configuration of a variant returns its own."""
         return DiT(self)
-
-    def for_data(self, image_size, channels, num_classes):
-        """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""
-        facts = {"image_size": image_size, "channels": channels, "num_classes": num_classes if self.num_classes else 0}
-        for name, fact in facts.items():
-            if getattr(self, name) not in (fact, 0, -1):
-                raise ValueError(f"{name}: {getattr(self, name)}, but the dataset has {fact}")
-        return replace(self, **facts)
 
 
 def config_class(variant=""):
@@ -285,7 +294,8 @@ FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock
 
 class DiT(nn.Module):
     """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes: null.
-    parts: the classes of input, block and output, if they are not those of the configured family."""
+    parts: the classes of input, block and output, if they are not those of the configured family; they set their own
+    initial values."""
 
     lr_scale = {}       # {parameter: factor on its learning rate}, where a variant wants another than 1
 
@@ -298,7 +308,7 @@ class DiT(nn.Module):
         self.input = Input(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.output = Output(config)
-        if config.block == "plain":
+        if config.block == "plain" and not parts:
             init_plain(self)
 
     def run_blocks(self, x, cond):
