@@ -35,10 +35,17 @@ SCALINGS = ("none", "sqrt", "constant", "learned")
 
 
 @dataclass
-class Config(DiTConfig):
-    skip_scaling: str = key("constant", "factor on the long skips: none, sqrt, constant or learned", choices=SCALINGS)
+class SkipKeys:
+    """The keys of skip factors, apart so that every network with long skips can have them."""
+
+    skip_scaling: str = key("none", "factor on the long skips: none, sqrt, constant or learned", choices=SCALINGS)
     kappa: float = key(0.7, "with constant: ratio of a skip's factor to that of the next outer one", 1e-6, 1)
-    skip_shared: bool = key(True, "with learned: one network for all skips, instead of one for each")
+    skip_shared: bool = key(True, "with learned: one network for all skips of a size, instead of one for each")
+
+
+@dataclass
+class Config(SkipKeys, DiTConfig):
+    skip_scaling: str = key("constant", "factor on the long skips: none, sqrt, constant or learned", choices=SCALINGS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,7 +57,7 @@ class Config(DiTConfig):
 
 
 class LearnedScale(nn.Module):
-    """One factor per token, between 0 and 1: (B, T, D) -> (B, T, 1) [ScaleLong, LS].
+    """One factor per token, between 0 and 1: (B, ..., D) -> (B, ..., 1), T tokens in all [ScaleLong, LS].
 
     There are T/16 hidden units, here 8 at least: a single unit with a ReLU is soon dead.
     """
@@ -61,14 +68,41 @@ class LearnedScale(nn.Module):
         self.net = nn.Sequential(nn.Linear(tokens, hidden), nn.ReLU(), nn.Linear(hidden, tokens), nn.Sigmoid())
 
     def forward(self, x):
-        return self.net(x.mean(-1))[..., None]
+        means = x.mean(-1, keepdim=True)                                    # (B, ..., 1)
+        return self.net(means.flatten(1)).view(means.shape)
+
+
+class SkipScales(nn.ModuleList):
+    """The factor on each long skip: skip i (B, ..., D) -> a number or (B, ..., 1), where 0 is the outermost skip.
+
+    tokens: how many each skip has, from the outermost inwards. Why a module: all variants with long skips share it.
+    """
+
+    def __init__(self, config, tokens):
+        sizes = dict.fromkeys(tokens) if config.skip_shared else tokens
+        super().__init__(LearnedScale(size) for size in sizes if config.skip_scaling == "learned")
+        self.places = [list(sizes).index(size) if config.skip_shared else i for i, size in enumerate(tokens)]
+        self.config = config
+
+    @property
+    def lr_scale(self):
+        """A tenth for the networks of learned factors: they have plain layers, for which the rate of mp is too high."""
+        return dict.fromkeys(self.parameters(), 0.1) if self.config.block == "mp" else {}
+
+    def forward(self, i, skip):
+        if self.config.skip_scaling == "learned":
+            return self[self.places[i]](skip)
+        return {"none": 1.0, "sqrt": 0.5**0.5, "constant": self.config.kappa**i}[self.config.skip_scaling]
 
 
 class LongSkipDiT(DiT):
-    """The network of model.py with long skips from its first half to its second."""
+    """The network of model.py with long skips from its first half to its second.
 
-    def __init__(self, config):
-        super().__init__(config)
+    parts: as in DiT. extra_tokens: how many tokens there are beside the patches.
+    """
+
+    def __init__(self, config, parts=None, extra_tokens=0):
+        super().__init__(config, parts)
         D, skips = config.width, config.depth // 2
         self.joins = nn.ModuleList(MPLinear(2 * D, D) if config.block == "mp" else nn.Linear(2 * D, D)
                                    for _ in range(skips))
@@ -76,24 +110,15 @@ class LongSkipDiT(DiT):
             for join in self.joins:
                 nn.init.xavier_uniform_(join.weight)
                 nn.init.zeros_(join.bias)
-        if config.skip_scaling == "learned":
-            self.scales = nn.ModuleList(LearnedScale(config.tokens) for _ in range(1 if config.skip_shared else skips))
+        self.scales = SkipScales(config, [config.tokens + extra_tokens] * skips)
 
     @property
     def lr_scale(self):
-        """A tenth for the networks of learned factors: they have plain layers, for which the rate of mp is too high."""
-        learned = self.config.block == "mp" and self.config.skip_scaling == "learned"
-        return dict.fromkeys(self.scales.parameters(), 0.1) if learned else {}
-
-    def scale(self, i, skip):
-        """The factor on skip i, a number or (B, T, 1)."""
-        if self.config.skip_scaling == "learned":
-            return self.scales[i % len(self.scales)](skip)
-        return {"none": 1.0, "sqrt": 0.5**0.5, "constant": self.config.kappa**i}[self.config.skip_scaling]
+        return self.scales.lr_scale
 
     def join(self, i, x, skip):
         """Tokens and skip i, each (B, T, D) -> tokens (B, T, D)."""
-        s = self.scale(i, skip)
+        s = self.scales(i, skip)
         if self.config.block == "mp":
             both = mp_cat(normalize(x), skip, s / (1 + s))                  # (B, T, 2D)
         else:
