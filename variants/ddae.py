@@ -37,11 +37,18 @@ from sample import choose_device, load_denoiser, newest_run
 
 
 @dataclass
-class Config(DiTConfig):
-    self_conditioning: bool = key(True, "condition later blocks on a summary of the middle one")
-    bottleneck: int = key(0, "the block to summarise, from 1 to depth - 1 (0: the middle, depth // 2)", 0, 1000)
+class SummaryKeys:
+    """The keys of the two parts, apart so that every network with a conditioning vector can have them."""
+
+    self_conditioning: bool = key(False, "condition later blocks on a summary of the middle one")
     contrast: float = key(0.0, "weight of the contrastive loss (0: none), which needs several images in a micro-batch",
                           0, 1e3)
+
+
+@dataclass
+class Config(SummaryKeys, DiTConfig):
+    self_conditioning: bool = key(True, "condition later blocks on a summary of the middle one")
+    bottleneck: int = key(0, "the block to summarise, from 1 to depth - 1 (0: the middle, depth // 2)", 0, 1000)
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,35 +61,33 @@ class Config(DiTConfig):
         return SelfConditionedDiT(self)
 
 
-class SelfConditionedDiT(DiT):
-    """The network of model.py, its later blocks conditioned on a summary of the middle one.
+class Summarising:
+    """What a network with self.config inherits beside nn.Module, to condition its later blocks on a summary.
 
     summary: the s of the latest forward pass, (B, D).
     """
 
     VIEW_SIGMA, TEMPERATURE, DIMENSIONS = 0.2, 0.2, 64
 
-    def __init__(self, config):
-        super().__init__(config)
-        D, mp = config.width, config.block == "mp"
-        if config.self_conditioning:
-            self.condition = MPLinear(D, D) if mp else nn.Linear(D, D)
+    def add_summary(self, D, E):
+        """Make the layers, for tokens of width D and conditioning of width E. Call it at the end of __init__."""
+        mp = self.config.block == "mp"
+        if self.config.self_conditioning:
+            self.condition = MPLinear(D, E) if mp else nn.Linear(D, E)
             if not mp:
                 nn.init.zeros_(self.condition.weight)
                 nn.init.zeros_(self.condition.bias)
-        if config.contrast:
+        if self.config.contrast:
             self.projector = nn.Sequential(*((MPMLP(D, D), MPLinear(D, self.DIMENSIONS)) if mp else
                                              (nn.Linear(D, D), nn.SiLU(), nn.Linear(D, self.DIMENSIONS))))
 
-    def run_blocks(self, x, cond):
-        for number, block in enumerate(self.blocks, 1):
-            x = block(x, cond)
-            if number == self.config.bottleneck:
-                self.summary = normalize(x.float().mean(1))
-                if self.config.self_conditioning:
-                    summary_cond = self.condition(self.summary)
-                    cond = mp_sum(cond, summary_cond, t=0.3) if self.config.block == "mp" else cond + summary_cond
-        return x
+    def summarise(self, x, cond):
+        """Tokens (B, T, D) after the middle block, conditioning (B, E) -> the conditioning of later blocks (B, E)."""
+        self.summary = normalize(x.float().mean(1))
+        if not self.config.self_conditioning:
+            return cond
+        summary_cond = self.condition(self.summary)
+        return mp_sum(cond, summary_cond, t=0.3) if self.config.block == "mp" else cond + summary_cond
 
     def extra_loss(self, teacher, images, generator):
         """InfoNCE between the student's latest s and the teacher's s for another view of `images` (B, C, S, S)."""
@@ -96,6 +101,21 @@ class SelfConditionedDiT(DiT):
             teacher_features = F.normalize(teacher.net.projector(teacher.net.summary), dim=1)
         own = torch.arange(len(images), device=images.device)
         return self.config.contrast * F.cross_entropy(features @ teacher_features.T / self.TEMPERATURE, own)
+
+
+class SelfConditionedDiT(Summarising, DiT):
+    """The network of model.py, its later blocks conditioned on a summary of the middle one."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.add_summary(config.width, config.width)
+
+    def run_blocks(self, x, cond):
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, cond)
+            if number == self.config.bottleneck:
+                cond = self.summarise(x, cond)
+        return x
 
 
 def shifted(images, generator):
