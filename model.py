@@ -275,12 +275,17 @@ class PlainOutput(nn.Module):
         return self.linear(modulate(self.norm(x), None, scale, shift))
 
 
+def init_linears(module):
+    """Xavier-uniform weights and zero biases for all plain linears in a module. Why apart: variants have some more."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
 def init_plain(net):
     """DiT's initialisation: Xavier linears, N(0, 0.02²) embeddings, zero modulation and output."""
-    for module in net.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+    init_linears(net)
     for layer in (net.input.noise[0], net.input.noise[2], net.input.label):
         nn.init.normal_(layer.weight, std=0.02)
     for layer in (*(block.modulation for block in net.blocks), net.output.modulation, net.output.linear):

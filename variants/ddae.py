@@ -62,7 +62,7 @@ class Config(SummaryKeys, DiTConfig):
 
 
 class Summarising:
-    """What a network with self.config inherits beside nn.Module, to condition its later blocks on a summary.
+    """What a network with self.config inherits, to condition its later blocks on a summary. Why apart: as for the keys.
 
     summary: the s of the latest forward pass, (B, D).
     """
@@ -70,7 +70,7 @@ class Summarising:
     VIEW_SIGMA, TEMPERATURE, DIMENSIONS = 0.2, 0.2, 64
 
     def add_summary(self, D, E):
-        """Make the layers, for tokens of width D and conditioning of width E. Call it at the end of __init__."""
+        """Make the layers, for tokens of width D and conditioning of width E. Call it in __init__."""
         mp = self.config.block == "mp"
         if self.config.self_conditioning:
             self.condition = MPLinear(D, E) if mp else nn.Linear(D, E)

@@ -29,7 +29,7 @@ import torch.nn as nn
 
 from data import Parser, number, reading, run_main
 from layers import MPLinear, mp_cat, normalize
-from model import DiT, DiTConfig, key
+from model import DiT, DiTConfig, init_linears, key
 
 SCALINGS = ("none", "sqrt", "constant", "learned")
 
@@ -106,10 +106,7 @@ class LongSkipDiT(DiT):
         D, skips = config.width, config.depth // 2
         self.joins = nn.ModuleList(MPLinear(2 * D, D) if config.block == "mp" else nn.Linear(2 * D, D)
                                    for _ in range(skips))
-        if config.block == "plain":
-            for join in self.joins:
-                nn.init.xavier_uniform_(join.weight)
-                nn.init.zeros_(join.bias)
+        init_linears(self.joins)
         self.scales = SkipScales(config, [config.tokens + extra_tokens] * skips)
 
     @property

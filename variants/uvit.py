@@ -1,0 +1,89 @@
+"""U-ViT: a transformer with long skips whose conditions are tokens: `python train.py --config=configs/uvit.toml`.
+
+Source: [U-ViT] Bao et al. 2023, arXiv 2209.12152; the legend is that of model.py. Our choices: the mp family; a label
+token without classes too; Fourier features for the noise level; biases in the attention; Xavier-uniform linears.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from layers import MPMLP, MPAttention, MPEmbedding, MPFourier, MPLinear, mp_sum
+from model import DiTConfig, PlainAttention, init_linears, key
+from variants import scalelong, unet
+
+
+@dataclass
+class Config(scalelong.Config):
+    skip_scaling: str = key("none", "factor on the long skips, 1 in the paper", choices=scalelong.SCALINGS)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.modulation != DiTConfig.modulation:
+            raise ValueError("modulation: leave it out, the conditions of U-ViT are tokens")
+
+    def network(self):
+        return UViT(self)
+
+
+class Input(nn.Module):
+    """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, 2 + T, D), and no conditioning vector."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.mp = config.width, config.block == "mp"
+        Linear, Embedding = (MPLinear, MPEmbedding) if self.mp else (nn.Linear, nn.Embedding)
+        self.fourier = MPFourier(D)
+        self.label = Embedding(config.num_classes + 1, D)
+        self.patch = Linear(config.channels * config.patch**2, D)
+        self.position = Embedding(2 + config.tokens, D)                     # in the mp family it is also the bias
+
+    def forward(self, patches, c_noise, labels):
+        x = torch.cat([self.fourier(c_noise)[:, None], self.label(labels)[:, None], self.patch(patches)], dim=1)
+        position = self.position(torch.arange(x.shape[1], device=x.device))
+        return mp_sum(x, position, t=0.5) if self.mp else x + position, None
+
+
+class Block(nn.Module):
+    """Tokens (B, 2 + T, D) -> tokens (B, 2 + T, D). cond: None."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.mp = config.width, config.block == "mp"
+        if self.mp:
+            self.attention, self.mlp = MPAttention(D, config.heads), MPMLP(D, 4 * D)
+        else:
+            self.attention = nn.Sequential(nn.LayerNorm(D), PlainAttention(D, config.heads))
+            self.mlp = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+
+    def forward(self, x, cond):
+        for branch in (self.attention, self.mlp):
+            x = mp_sum(x, branch(x), t=0.3) if self.mp else x + branch(x)
+        return x
+
+
+class Output(nn.Sequential):
+    """Tokens (B, 2 + T, D) -> patches (B, T, C·P²). cond: None."""
+
+    def forward(self, x, cond):
+        return super().forward(x[:, 2:])
+
+
+class UViT(scalelong.LongSkipDiT):
+    """The raw network F, inputs and output as in DiT. Why: it shows how far a network gets without modulation."""
+
+    def __init__(self, config):
+        C, D, mp = config.channels, config.width, config.block == "mp"
+        last = [MPLinear(D, C * config.patch**2)] if mp else [nn.LayerNorm(D), nn.Linear(D, C * config.patch**2)]
+        super().__init__(config, (Input, Block, lambda config: Output(*last)), extra_tokens=2)
+        if mp:
+            self.conv, self.gain = unet.MPConv(C, C), nn.Parameter(torch.zeros(()))
+        else:
+            self.conv = nn.Conv2d(C, C, 3, padding=1)
+            init_linears(self)
+            nn.init.normal_(self.input.position.weight, std=0.02)
+
+    def forward(self, x, c_noise, labels):
+        x = super().forward(x, c_noise, labels)                             # (B, C, S, S)
+        return self.conv(x) if self.config.block == "plain" else self.gain * self.conv(x.movedim(1, 3)).movedim(3, 1)
