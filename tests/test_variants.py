@@ -12,15 +12,16 @@ from conftest import ROOT, call
 from data import load_dataset
 from ema import digest, load_file
 from layers import normalize
-from model import Denoiser, DiT, DiTConfig, config_class
+from model import Denoiser, DiT, DiTConfig, config_class, edm2_loss, magnitudes
 from sample import load_denoiser
 from test_end_to_end import TINY, done, log
 from test_layers import close, rms, seed                                    # seed is a fixture that acts here too
 from test_model import FAMILIES, awake
 from train import TrainConfig, build, optimizer_step
-from variants import ddae, ladder, mup, plots, scalelong
+from variants import ddae, ladder, mup, plots, scalelong, unet, uvit
 
 SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=1, num_classes=10)
+UNET = dict(base=16, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, channels=1, num_classes=10)
 INPUT = (torch.randn(4, 1, 8, 8), torch.randn(4), torch.tensor([0, 3, 9, 10]))
 TOKENS, COND, CPU = torch.randn(3, 16, 32), torch.randn(3, 32), torch.device("cpu")
 
@@ -163,6 +164,139 @@ def test_with_mup_a_few_steps_change_a_wide_network_as_much_as_a_narrow_one(bloc
     assert np.abs(with_mup[:3]).max() < 0.3 and (without - with_mup).min() > 0.2
 
 
+def test_the_unet_of_size_s_has_the_published_280_million_parameters():
+    with torch.device("meta"):
+        net = unet.Config(base=192, image_size=64, channels=3, num_classes=1000).network()
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(280e6, rel=0.005)
+    attention = [number for number, block in enumerate(net.blocks) if block.attention]
+    encoder, decoder = [8, 9, 10, 12, 13, 14], [15, 17, 18, 19, 20, 22, 23, 24, 25]
+    assert len(net.blocks) == 36 and attention == encoder + decoder
+
+
+def convolved(layer, x):
+    """The output of an MPConv for a feature map with its channels in dimension 1."""
+    kernels = F.normalize(layer.weight, dim=1).view(-1, 3, 3, x.shape[1])
+    return F.conv2d(x, kernels.permute(0, 3, 1, 2), padding=1)
+
+
+@pytest.mark.parametrize("kind, resample", [("encoder", None), ("encoder", unet.half), ("decoder", unet.double)])
+def test_a_unet_block_is_the_papers_figure_with_torchs_convolutions(kind, resample):
+    block, x, cond = unet.Block(kind, 8, 16, 32, resample, attention=True), torch.randn(3, 6, 6, 8), COND
+    awake(block)
+    scale = block.gain * cond @ F.normalize(block.scale.weight, dim=1).T
+    h = x.permute(0, 3, 1, 2)
+    if resample:
+        h = F.avg_pool2d(h, 2) if resample is unet.half else F.interpolate(h, scale_factor=2)
+    main = F.conv2d(h, F.normalize(block.main.weight, dim=1)[..., None, None])
+    if kind == "encoder":
+        h = main = main / main.square().mean(1, keepdim=True).sqrt()
+    branch = convolved(block.conv1, F.silu(h) / 0.596) * (1 + scale[..., None, None])
+    h = (0.7 * main + 0.3 * convolved(block.conv2, F.silu(branch) / 0.596)) / 0.58**0.5
+    tokens = h.flatten(2).transpose(1, 2)
+    tokens = (0.7 * tokens + 0.3 * block.attention(tokens)) / 0.58**0.5
+    close(block(x, cond).flatten(1, 2), tokens, rtol=1e-4, atol=1e-4)
+    if kind == "decoder":
+        assert block(1e6 * x, cond).abs().max() == 256
+
+
+@pytest.mark.parametrize("scaling, shared", [(scaling, True) for scaling in scalelong.SCALINGS] + [("learned", False)])
+def test_the_unet_joins_the_outputs_of_its_encoder_the_last_one_first_at_magnitude_1(scaling, shared):
+    net = awake(unet.Config(**UNET, skip_scaling=scaling, kappa=0.6, skip_shared=shared).network())
+    skips, decoder = [], []
+    for part in (net.input, *net.blocks[:3]):                               # the encoder: 8×8, halving, 4×4
+        part.register_forward_hook(lambda part, inputs, x: skips.append(x))
+    for block in net.blocks[3:]:
+        block.register_forward_hook(lambda block, inputs, x: decoder.append((inputs[0], x)))
+    net(*INPUT)
+    inputs, outputs = zip(*decoder)
+    assert [skip.shape[1:] for skip in skips] == [(8, 8, 16), (8, 8, 16), (4, 4, 16), (4, 4, 32)]
+    assert [x.shape[1:3] for x in outputs] == [(4, 4)] * 4 + [(8, 8)] * 3
+    for i, number in ((3, 2), (2, 3), (1, 5), (0, 6)):                      # block 4 of the decoder doubles
+        x, skip = outputs[number - 1], skips[i]
+        s = {"none": 1.0, "sqrt": 0.5**0.5, "constant": 0.6**i}.get(scaling)
+        if scaling == "learned":
+            first, _, second, _ = net.scales[i // 2 if shared else i].net
+            s = second(first(skip.mean(-1).flatten(1)).relu()).sigmoid().view(*skip.shape[:3], 1)
+        Na, Nb = x.shape[-1], skip.shape[-1]
+        both = torch.cat([x / Na**0.5, s * skip / Nb**0.5], dim=-1) * ((Na + Nb) / (1 + s**2)) ** 0.5
+        close(inputs[number], both)
+
+
+def test_the_unet_keeps_activation_rms_near_1_at_initialisation_and_magnitudes_reports_it():
+    denoiser, seen = Denoiser(unet.Config(base=64, image_size=64, channels=3, num_classes=10)), []
+    for block in denoiser.net.blocks:
+        block.register_forward_hook(lambda block, inputs, x: seen.append(rms(x).mean().item()))
+    values = magnitudes(denoiser, torch.randn(2, 3, 64, 64) * 1.25**0.5, torch.ones(2), torch.arange(2))
+    assert len(seen) == 36 and 0.8 < min(seen) and max(seen) < 1.2
+    names = ("token_rms_first", "token_rms_middle", "token_rms_last", "weight_rms")
+    assert values == pytest.approx(dict(zip(names, [seen[0], seen[18], seen[35], 1])), rel=1e-5)
+
+
+@pytest.mark.parametrize("block", FAMILIES)
+def test_uvit_has_the_parts_of_its_paper_and_the_published_number_of_parameters(block):
+    D, depth, T, p, C, n = 512, 13, 256, 12, 3, 10
+    options = dict(block=block, depth=depth, width=D, heads=8, patch=2, image_size=32, channels=C, num_classes=n)
+    with torch.device("meta"):
+        net = uvit.Config(**options).network()
+    weights = p * D + (n + 1 + T + 2) * D + depth * 12 * D**2 + depth // 2 * 2 * D**2 + D * p + 9 * C**2
+    others = D + depth * 13 * D + depth // 2 * D + 2 * D + p + C if block == "plain" else 1
+    count = sum(parameter.numel() for parameter in net.parameters())
+    assert count == weights + others == pytest.approx(44e6, rel=0.01)
+
+
+@pytest.mark.parametrize("block", FAMILIES)
+def test_uvit_shows_its_blocks_noise_level_label_and_patches_as_tokens_and_convolves_the_image(block):
+    net, tokens = awake(uvit.Config(**SMALL, block=block).network()), []
+    net.run_blocks = lambda x, cond: tokens.append(x) or x
+    x, c_noise, labels = INPUT
+    image = net(*INPUT)
+    patches = F.unfold(x, 2, stride=2).transpose(1, 2)                      # (B, T, P²)
+    noise, label = net.input.fourier(c_noise), net.input.label.weight[labels]
+    expected = torch.cat([noise[:, None], label[:, None], net.input.patch(patches)], dim=1) + net.input.position.weight
+    close(tokens[0], expected / 2**0.5 if block == "mp" else expected)
+    out = tokens[0][:, 2:] if block == "mp" else net.output[0](tokens[0][:, 2:])
+    out = F.fold(net.output[-1](out).transpose(1, 2), 8, 2, stride=2)       # the patches side by side
+    close(image, net.gain * convolved(net.conv, out) if block == "mp" else net.conv(out), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_uvit_block_is_torchs_pre_norm_transformer_layer():
+    block = awake(uvit.Config(**SMALL, block="plain").network()).blocks[0]
+    reference = torch.nn.TransformerEncoderLayer(32, 2, 128, 0.0, "gelu", batch_first=True, norm_first=True)
+    names = ("norm1.weight", "norm1.bias", "self_attn.in_proj_weight", "self_attn.in_proj_bias",
+             "self_attn.out_proj.weight", "self_attn.out_proj.bias", "norm2.weight", "norm2.bias", "linear1.weight",
+             "linear1.bias", "linear2.weight", "linear2.bias")
+    reference.load_state_dict(dict(zip(names, block.state_dict().values())))
+    close(block(TOKENS, None), reference(TOKENS), rtol=1e-4, atol=1e-5)
+
+
+def test_a_magnitude_preserving_uvit_keeps_token_rms_near_1_at_initialisation():
+    net, seen = uvit.Config(**SMALL | dict(depth=13, width=128)).network(), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda block, inputs, x: seen.append(rms(x).mean().item()))
+    assert not net(*INPUT).any() and len(seen) == 13 and 0.8 < min(seen) and max(seen) < 1.2
+
+
+@pytest.mark.parametrize("config", [
+    unet.Config(**UNET), unet.Config(**UNET | dict(num_classes=0), skip_scaling="learned"),
+    unet.Config(**UNET, self_conditioning=True, contrast=0.1), uvit.Config(**SMALL),
+    uvit.Config(**SMALL, block="plain"), uvit.Config(**SMALL | dict(num_classes=0), skip_scaling="learned")])
+def test_gradients_reach_every_parameter_and_a_few_steps_lower_the_loss(config):
+    denoiser, ema, optimizer = build(TrainConfig(model=config), CPU)
+    images, noise = torch.randn(16, 1, 8, 8) * 0.5, torch.randn(16, 1, 8, 8)
+    labels, losses = torch.arange(16) % (config.num_classes + 1), []
+    awake(denoiser)
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = edm2_loss(denoiser, denoiser.uncertainty, images, labels, torch.ones(16), noise)
+        generator = torch.Generator().manual_seed(step)
+        (loss + denoiser.net.extra_loss(ema.averages[0.05], images, generator)).backward()
+        unreached = [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not unreached
+        optimizer_step(denoiser, optimizer, 0.01 if config.block == "mp" else 0.001)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
 def test_a_plot_has_a_line_and_a_name_for_each_curve_and_each_point_lies_where_its_value_says(tmp_path):
     curves, grid = {"a < b & c": [(0, 0.5), (10, -2.0), (20, 7.2)], "other": [(5, 3.0), (20, 7.0)]}, {"V": [], "H": []}
     plots.save_plot(tmp_path / "plot.svg", curves, "step", "loss")
@@ -181,9 +315,11 @@ def test_a_plot_has_a_line_and_a_name_for_each_curve_and_each_point_lies_where_i
 
 
 @pytest.mark.parametrize("variant, key", [("ladder", "--model.rung=C"), ("scalelong", "--model.skip_scaling=learned"),
-                                          ("ddae", "--micro_batch=8"), ("mup", "--model.base_width=16")])
+                                          ("ddae", "--micro_batch=8"), ("mup", "--model.base_width=16"),
+                                          ("unet", "--model.base=4"), ("uvit", "--model.block=mp")])
 def test_a_variant_trains_resumes_and_samples_by_its_recipe_like_the_core(tmp_path, variant, key):
-    recipe = [*TINY, f"--config={ROOT}/configs/{variant}.toml", key, "--snapshot_every=2"]
+    tiny = [word for word in TINY if variant != "unet" or not word.startswith("--model.")]      # of a transformer
+    recipe = [*tiny, f"--config={ROOT}/configs/{variant}.toml", key, "--snapshot_every=2"]
     for name, steps in (("whole", 4), ("run", 3), ("run", 4)):
         done("train.py", *recipe, f"--steps={steps}", f"--out={tmp_path / name}")
     whole, run = (load_file(tmp_path / name / "state.pt") for name in ("whole", "run"))
@@ -220,9 +356,10 @@ def test_the_commands_of_variants_print_their_tables_and_draw_their_plots(tmp_pa
 
 def test_mistakes_are_one_line_that_names_the_key():
     for module, name, value in ((scalelong, "depth", 1), (ladder, "modulation", ("scale",)), (ladder, "block", "plain"),
-                                (ddae, "bottleneck", 3), (mup, "base_width", 0)):
+                                (ddae, "bottleneck", 3), (mup, "base_width", 0), (uvit, "modulation", ("scale",)),
+                                (unet, "block", "plain"), (unet, "multipliers", (1,) * 5)):
         with pytest.raises(ValueError, match=f"^{name}: .*$"):
-            module.Config(**SMALL | {name: value})
+            module.Config(**(UNET if module is unet else SMALL) | {name: value})
     for command, word in (("ddae", "nowhere"), ("scalelong", "nowhere"), ("plots", "nowhere"), ("mup", "--out=a.png")):
         result = call(f"variants.{command}", word)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and word[:5] in result.stderr
