@@ -62,7 +62,7 @@ class Config(SummaryKeys, DiTConfig):
 
 
 class Summarising:
-    """What a network with self.config inherits, to condition its later blocks on a summary. Why apart: as for the keys.
+    """What a network inherits to condition its later blocks on a summary. Why apart: other networks can have it too.
 
     summary: the s of the latest forward pass, (B, D).
     """
@@ -70,7 +70,7 @@ class Summarising:
     VIEW_SIGMA, TEMPERATURE, DIMENSIONS = 0.2, 0.2, 64
 
     def add_summary(self, D, E):
-        """Make the layers, for tokens of width D and conditioning of width E. Call it in __init__."""
+        """Make the layers, for tokens of width D and conditioning of width E. To be called once self.config is set."""
         mp = self.config.block == "mp"
         if self.config.self_conditioning:
             self.condition = MPLinear(D, E) if mp else nn.Linear(D, E)
@@ -131,15 +131,15 @@ def shifted(images, generator):
 
 @torch.no_grad()
 def block_features(denoiser, images, sigma):
-    """The output of each block for noisy images without labels, averaged over tokens: (depth, N, D)."""
+    """The output of each block for noisy images without labels, averaged over tokens or pixels: a list of (N, D)."""
     features, generator = [[] for _ in denoiser.net.blocks], torch.Generator(images.device).manual_seed(0)
-    hooks = [block.register_forward_hook(lambda block, inputs, x, kept=kept: kept.append(x.mean(1).float()))
+    hooks = [block.register_forward_hook(lambda block, inputs, x, kept=kept: kept.append(x.flatten(1, -2).mean(1)))
              for block, kept in zip(denoiser.net.blocks, features)]
     for part in images.split(256):
         denoiser(part + sigma * torch.randn(part.shape, generator=generator, device=part.device), sigma)
     for hook in hooks:
         hook.remove()
-    return torch.stack([torch.cat(kept) for kept in features])
+    return [torch.cat(kept).float() for kept in features]
 
 
 def probe(features, labels, held_out, classes):

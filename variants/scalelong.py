@@ -98,7 +98,7 @@ class SkipScales(nn.ModuleList):
 class LongSkipDiT(DiT):
     """The network of model.py with long skips from its first half to its second.
 
-    parts: as in DiT. extra_tokens: how many tokens there are beside the patches.
+    parts: as in DiT. extra_tokens: how many tokens there are beside the patches (learned factors need the number).
     """
 
     def __init__(self, config, parts=None, extra_tokens=0):

@@ -47,8 +47,8 @@ class Config(SkipKeys, SummaryKeys, NetworkConfig):
 
 
 class MPConv(MPLinear):
-    """3×3 convolution without bias, (B, S, S, C) -> (B, S, S, fan_out); a row of its weight is the whole kernel of one
-    output channel. Why an MPLinear: what keeps the rows at unit length, here and after each step, then holds for it."""
+    """3×3 convolution without bias, (B, S, S, C) -> (B, S, S, fan_out). A row of its weight, (fan_out, 3·3·C), is the
+    whole kernel of an output channel. Why an MPLinear: force_weight_normalization() then finds it."""
 
     def __init__(self, channels, fan_out):
         super().__init__(3 * 3 * channels, fan_out)
@@ -69,16 +69,14 @@ def double(x):
 
 
 class Block(nn.Module):
-    """Feature map (B, S, S, C), conditioning (B, E) -> feature map (B, S', S', width).
-    kind: "encoder" or "decoder". resample: half, double or None. skip: channels of the skip that is joined to x before.
-    """
+    """Feature map (B, S, S, C + skip), conditioning (B, E) -> feature map (B, S', S', width).
+    kind: "encoder" or "decoder". resample: half, double or None. skip: how many channels of the input are a skip's."""
 
     def __init__(self, kind, C, width, E, resample=None, attention=False, skip=0):
         super().__init__()
         self.kind, self.resample, self.skip = kind, resample, skip
-        C = C + skip
-        self.main = MPLinear(C, width) if C != width else nn.Identity()
-        self.conv1 = MPConv(width if kind == "encoder" else C, width)
+        self.main = MPLinear(C + skip, width) if C + skip != width else nn.Identity()
+        self.conv1 = MPConv(width if kind == "encoder" else C + skip, width)
         self.scale, self.gain = MPLinear(E, width), nn.Parameter(torch.zeros(()))
         self.conv2 = MPConv(width, width)
         self.attention = MPAttention(width, 1 if width % 64 else width // 64) if attention else None

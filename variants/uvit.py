@@ -1,7 +1,7 @@
 """U-ViT: a transformer with long skips whose conditions are tokens: `python train.py --config=configs/uvit.toml`.
 
-Source: [U-ViT] Bao et al. 2023, arXiv 2209.12152; the legend is that of model.py. Our choices: the mp family; a label
-token without classes too; Fourier features for the noise level; biases in the attention; Xavier-uniform linears.
+Source: [U-ViT] Bao et al. 2023, arXiv 2209.12152. The mp family, Fourier features as the token of the noise level, the
+label token where there are no classes, biases and initial values are our choices. The legend is that of model.py.
 """
 
 from dataclasses import dataclass
@@ -50,12 +50,10 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, self.mp = config.width, config.block == "mp"
-        if self.mp:
-            self.attention, self.mlp = MPAttention(D, config.heads), MPMLP(D, 4 * D)
-        else:
-            self.attention = nn.Sequential(nn.LayerNorm(D), PlainAttention(D, config.heads))
-            self.mlp = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        D, H, self.mp = config.width, config.heads, config.block == "mp"
+        self.attention = MPAttention(D, H) if self.mp else nn.Sequential(nn.LayerNorm(D), PlainAttention(D, H))
+        self.mlp = MPMLP(D, 4 * D) if self.mp else nn.Sequential(
+            nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
 
     def forward(self, x, cond):
         for branch in (self.attention, self.mlp):
@@ -79,10 +77,12 @@ class UViT(scalelong.LongSkipDiT):
         super().__init__(config, (Input, Block, lambda config: Output(*last)), extra_tokens=2)
         if mp:
             self.conv, self.gain = unet.MPConv(C, C), nn.Parameter(torch.zeros(()))
+            self.conv.weight.data = 3 * C**0.5 * nn.functional.pad(torch.eye(C), (4 * C, 4 * C))     # the identity
         else:
-            self.conv = nn.Conv2d(C, C, 3, padding=1)
+            self.conv = nn.Conv2d(C, C, 3, padding=1, bias=False)
+            nn.init.dirac_(self.conv.weight)
             init_linears(self)
-            nn.init.normal_(self.input.position.weight, std=0.02)
+            nn.init.zeros_(self.output[-1].weight)
 
     def forward(self, x, c_noise, labels):
         x = super().forward(x, c_noise, labels)                             # (B, C, S, S)
