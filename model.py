@@ -299,8 +299,8 @@ FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock
 
 class DiT(nn.Module):
     """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes: null.
-    parts: what makes input, block and output of a configuration, if not the classes of the configured family; such parts
-    set their own initial values."""
+    parts: what makes input, block and output of a configuration, if not the classes of the configured family; other
+    parts set their own initial values."""
 
     lr_scale = {}       # {parameter: factor on its learning rate}, where a variant wants another than 1
 

@@ -17,7 +17,7 @@ from sample import load_denoiser
 from test_end_to_end import TINY, done, log
 from test_layers import close, rms, seed                                    # seed is a fixture that acts here too
 from test_model import FAMILIES, awake
-from train import TrainConfig, build, optimizer_step
+from train import TrainConfig, build, load_config, optimizer_step
 from variants import ddae, ladder, mup, plots, scalelong, unet, uvit
 
 SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=1, num_classes=10)
@@ -165,8 +165,9 @@ def test_with_mup_a_few_steps_change_a_wide_network_as_much_as_a_narrow_one(bloc
 
 
 def test_the_unet_of_size_s_has_the_published_280_million_parameters():
+    config = load_config([f"--config={ROOT}/configs/imagenet64-unet.toml"]).model.for_data(64, 3, 1000)
     with torch.device("meta"):
-        net = unet.Config(base=192, image_size=64, channels=3, num_classes=1000).network()
+        net = config.network()
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(280e6, rel=0.005)
     attention = [number for number, block in enumerate(net.blocks) if block.attention]
     encoder, decoder = [8, 9, 10, 12, 13, 14], [15, 17, 18, 19, 20, 22, 23, 24, 25]
@@ -189,7 +190,8 @@ def test_a_unet_block_is_the_papers_figure_with_torchs_convolutions(kind, resamp
         h = F.avg_pool2d(h, 2) if resample is unet.half else F.interpolate(h, scale_factor=2)
     main = F.conv2d(h, F.normalize(block.main.weight, dim=1)[..., None, None])
     if kind == "encoder":
-        h = main = main / main.square().mean(1, keepdim=True).sqrt()
+        main = main / main.square().mean(1, keepdim=True).sqrt()
+        h = main
     branch = convolved(block.conv1, F.silu(h) / 0.596) * (1 + scale[..., None, None])
     h = (0.7 * main + 0.3 * convolved(block.conv2, F.silu(branch) / 0.596)) / 0.58**0.5
     tokens = h.flatten(2).transpose(1, 2)
@@ -222,11 +224,26 @@ def test_the_unet_joins_the_outputs_of_its_encoder_the_last_one_first_at_magnitu
         close(inputs[number], both)
 
 
+def test_the_unet_conditions_on_noise_and_one_hot_labels_and_its_later_blocks_on_the_summary_too():
+    net, seen = awake(unet.Config(**UNET, self_conditioning=True).network()), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda block, inputs, x: seen.append((inputs[1], x)))
+    x, c_noise, labels = INPUT                                              # the last label is the null label
+    net(*INPUT)
+    label = F.pad(F.normalize(net.label.weight, dim=1) * 10**0.5, (0, 1)).T[labels]
+    cond = F.silu((net.noise(c_noise) + label) / 2**0.5) / 0.596
+    summary = normalize(seen[4][1].mean((1, 2)))                            # of the last block before the first join
+    later = (0.7 * cond + 0.3 * net.condition(summary)) / 0.58**0.5
+    for number, (given, _) in enumerate(seen):
+        close(given, cond if number <= 4 else later)
+
+
 def test_the_unet_keeps_activation_rms_near_1_at_initialisation_and_magnitudes_reports_it():
     denoiser, seen = Denoiser(unet.Config(base=64, image_size=64, channels=3, num_classes=10)), []
     for block in denoiser.net.blocks:
         block.register_forward_hook(lambda block, inputs, x: seen.append(rms(x).mean().item()))
-    values = magnitudes(denoiser, torch.randn(2, 3, 64, 64) * 1.25**0.5, torch.ones(2), torch.arange(2))
+    x = torch.randn(2, 3, 64, 64) * 1.25**0.5                               # c_in brings it back to variance 1
+    values = magnitudes(denoiser, x, torch.ones(2), torch.arange(2))
     assert len(seen) == 36 and 0.8 < min(seen) and max(seen) < 1.2
     names = ("token_rms_first", "token_rms_middle", "token_rms_last", "weight_rms")
     assert values == pytest.approx(dict(zip(names, [seen[0], seen[18], seen[35], 1])), rel=1e-5)
