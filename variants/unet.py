@@ -59,18 +59,20 @@ class MPConv(MPLinear):
 
 
 def half(x):
-    """Means of 2×2 pixels: (B, S, S, C) -> (B, S/2, S/2, C)."""
+    """Means of 2×2 pixels, (B, S, S, C) -> (B, S/2, S/2, C), as the input of a lower level."""
     return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))
 
 
 def double(x):
-    """Each pixel four times: (B, S, S, C) -> (B, 2S, 2S, C)."""
+    """Each pixel four times, (B, S, S, C) -> (B, 2S, 2S, C), as the input of a higher level."""
     return x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
 
 
 class Block(nn.Module):
     """Feature map (B, S, S, C + skip), conditioning (B, E) -> feature map (B, S', S', width).
-    kind: "encoder" or "decoder". resample: half, double or None. skip: how many channels of the input are a skip's."""
+    kind: "encoder" or "decoder". resample: half, double or None. skip: how many channels of the input are a skip's.
+    Why normalised in the encoder: its outputs are the skips, and each should enter its join at RMS 1 or close to it.
+    """
 
     def __init__(self, kind, C, width, E, resample=None, attention=False, skip=0):
         super().__init__()
@@ -99,7 +101,7 @@ class Block(nn.Module):
 
 class UNet(Summarising, nn.Module):
     """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes: null.
-    Why: EDM2 found magnitude preservation on this network, so here it can be compared with the transformers."""
+    Why: EDM2 found magnitude preservation on this network, and the transformers can be compared with it."""
 
     def __init__(self, config):
         super().__init__()
