@@ -1,12 +1,13 @@
 """Any source of images made ready once, then read as arrays: `python data.py SOURCE` writes datasets/NAME/.
 
     python data.py fashion-mnist            # fetched by name: mnist, fashion-mnist, cifar10, cifar100
-    python data.py ~/pictures --size=64     # a folder or zip of images or latents, idx, npz, a CIFAR archive
+    python data.py ~/pictures --size=64     # a folder or zip of images or latents, idx, npz, npy, a CIFAR archive
 
-A set made ready is four files: images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the mean and
-standard deviation of a VAE's posterior [EDM2]; labels.npy, int64 (N,); about.json, with class names, statistics and
-hashes; contact-sheet.png, what the model will see. Why: all that is odd about files is met here, once, by one person,
-not in the middle of a training on eight GPUs. Only this file knows formats; read it after sample.py.
+A set made ready is a few files: images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the mean and
+standard deviation of a VAE's posterior [EDM2]; labels.npy, int64 (N,); holdout-images.npy and holdout-labels.npy, which
+training never sees; about.json, with class names, statistics and hashes; contact-sheet.png, what the model will see.
+Why: all that is odd about files is met here, once, by one person, not in the middle of a training on eight GPUs. Only
+this file knows formats; read it after sample.py.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import math
 import os
 import re
-import shutil
 import socket
 import struct
 import sys
@@ -25,24 +25,22 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections import deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 DATASETS = Path(__file__).parent / "datasets"
+FORMAT = 2                                                                  # of a set made ready; 1 held nothing out
 warnings.filterwarnings("ignore", module="PIL")                             # whatever matters is raised
 
-
-# ---- where errors go ----
 
 class UserError(ValueError):
     """Something its user can mend, said in one line. Anything else but an OSError is a bug and keeps its traceback."""
@@ -71,13 +69,14 @@ def number(kind, low, high):
 
 
 @contextmanager
-def reading(name):
-    """Turn whatever goes wrong inside into one UserError that names what is read. Why: libraries raise all kinds."""
+def reading(name, errors=Exception):
+    """Turn whatever goes wrong inside into one UserError that names what is read. Why: libraries raise all kinds.
+    errors: which kinds, where code runs that may be a user's own and whose bugs should keep their traceback."""
     try:
         yield
-    except UserError:
+    except (UserError, NameError):
         raise
-    except Exception as error:
+    except errors as error:
         text = getattr(error, "strerror", None) or str(error)
         text = text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
         text = " ".join(re.sub(r" <_io[^>]*>", "", text).split())[:300]
@@ -120,33 +119,23 @@ def progress(items, what, total, size=lambda item: 1):
             print(line, end="\r" if terminal and done < total else "\n", file=sys.stderr, flush=True)
 
 
-# ---- a set made ready ----
-
 @dataclass
 class Dataset:
-    """A set made ready: images (N, C, S, S) and labels (N,), mapped from disk, and what about.json says of them."""
+    """A set made ready: images (N, C, S, S) and labels (N,), mapped from disk, `facts`, what a run keeps of its data
+    (latent, mean, std, class names, counts, hashes), and the held-out part, a Dataset with the same facts, or None."""
 
     images: np.ndarray
     labels: np.ndarray
-    about: dict
+    facts: dict
+    holdout: "Dataset | None" = None
 
     def __len__(self):
         return len(self.images)
 
     @property
-    def latent(self):
-        return self.images.dtype == np.float32
-
-    @property
     def shape(self):
         """(C, S, S) as the network sees it."""
-        return (self.images.shape[1] // (2 if self.latent else 1), *self.images.shape[2:])
-
-    @property
-    def facts(self):
-        """What a run keeps of its data: enough to undo the normalisation, to name classes and to know the set again."""
-        return {"latent": bool(self.latent)} | {name: self.about[name] for name in (
-            "mean", "std", "classes", "counts", "hashes")}
+        return (self.images.shape[1] // (2 if self.facts["latent"] else 1), *self.images.shape[2:])
 
     def feed(self, index_lists, device):
         """Yield [images, labels] on `device` for each array of indices. Why a thread: it reads ahead during a step."""
@@ -154,35 +143,58 @@ class Dataset:
             tensors = [torch.from_numpy(array[indices]) for array in (self.images, self.labels)]
             return [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors]
 
-        index_lists = iter(index_lists)
         with ThreadPoolExecutor(1) as reader:
-            waiting = deque(reader.submit(read, indices) for indices in islice(index_lists, 2))
-            while waiting:
-                tensors = waiting.popleft().result()
-                waiting.extend(reader.submit(read, indices) for indices in islice(index_lists, 1))
-                yield [tensor.to(device, non_blocking=True) for tensor in tensors]
+            waiting = []
+            for indices in index_lists:
+                waiting.append(reader.submit(read, indices))
+                if len(waiting) > 2:
+                    yield [tensor.to(device, non_blocking=True) for tensor in waiting.pop(0).result()]
+            for ready in waiting:
+                yield [tensor.to(device, non_blocking=True) for tensor in ready.result()]
+
+
+def find_set(name):
+    """The directory of the set made ready as datasets/<name>, or `name` itself if it is one, or None."""
+    for folder in (Path(name), DATASETS / name):
+        if (folder / "about.json").is_file():
+            return folder
 
 
 def load_dataset(name):
     """The set made ready as datasets/<name>, or in the directory `name`. Raises UserError that says how to get it."""
-    folder = Path(name) if (Path(name) / "about.json").is_file() else DATASETS / name
-    if not (folder / "about.json").is_file():
+    folder = find_set(name)
+    if not folder:
         if name in DOWNLOADS or Path(name).exists():
             raise UserError(f"dataset: {name} is not made ready yet; do it once with: python data.py {name}")
         ready = ", ".join(sorted(path.parent.name for path in DATASETS.glob("[!.]*/about.json")))
-        raise UserError(f"dataset: there is no {name[:200]!r}; ready are {ready}; python data.py makes others ready")
+        raise UserError(f"dataset: there is no {name[:200]!r}, but {ready}; python data.py SOURCE makes others ready")
     with reading(folder):
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        images = np.load(regular(folder / "images.npy"), mmap_mode="r", allow_pickle=False)
-        labels = np.load(regular(folder / "labels.npy"), mmap_mode="r", allow_pickle=False)
-        dataset, stds = Dataset(images, labels, about), np.array(about["std"])
-        if not (about["format"] == 1 and images.ndim == 4 and images.shape[2] == images.shape[3]
-                and images.dtype in (np.uint8, np.float32) and labels.shape == images.shape[:1]
-                and np.bincount(labels).tolist() == (about["counts"] or [len(images)])
-                and np.isfinite(about["mean"]).all() and np.isfinite(stds).all() and (stds > 0).all()):
-            raise ValueError("its files do not fit together, or are of another version; make the set ready again")
-        to_network(torch.zeros(1, *dataset.shape), about)                   # raises if the statistics do not fit
-    return dataset
+        about, parts = json.loads((folder / "about.json").read_text(encoding="utf-8")), []
+        if about["format"] != FORMAT:
+            raise ValueError("was made ready by another version of this code; do it again with --overwrite")
+        facts, count = about["facts"], len(about["facts"]["counts"])
+        for part in ("", "holdout-"):
+            images, labels = (np.load(regular(folder / f"{part}{name}.npy"), mmap_mode="r", allow_pickle=False)
+                              for name in ("images", "labels"))
+            if not (images.shape == (len(labels), *images.shape[1:3], images.shape[2]) and labels.ndim == 1
+                    and images.dtype == (np.float32 if facts["latent"] else np.uint8)
+                    and len(np.bincount(labels, minlength=count)) == count):
+                raise ValueError("its files do not fit together; make the set ready again")
+            parts.append(Dataset(images, labels, facts))
+        dataset, holdout = parts
+        finite = np.isfinite(facts["mean"] + facts["std"]).all() and min(facts["std"]) > 0
+        channels = dataset.shape[0] if facts["latent"] else 1
+        if not (finite and len(facts["mean"]) == len(facts["std"]) == channels and dataset.shape == holdout.shape
+                and np.bincount(dataset.labels).tolist() == facts["counts"]):
+            raise ValueError("about.json does not fit its images; make the set ready again")
+    return replace(dataset, holdout=holdout if len(holdout) else None)
+
+
+def describe(facts):
+    """How many images of which classes, in one line."""
+    pairs = [f"{name} {count:,}" for name, count in zip(facts["classes"], facts["counts"])]
+    classes = f"{len(pairs)} classes: {', '.join(pairs[:20])}{', ...' * (len(pairs) > 20)}" if pairs else "no classes"
+    return f"{sum(facts['counts']):,} {'latents' if facts['latent'] else 'images'}, {classes}"
 
 
 @lru_cache(maxsize=2)
@@ -209,176 +221,330 @@ def to_network(images, facts):
 
 
 def from_network(x, facts):
-    """Undo `to_network`."""
+    """Undo `to_network`; pixels are rounded and clipped to uint8, latents stay float32."""
     mean, std = (torch.tensor(facts[name], device=x.device).view(-1, 1, 1) for name in ("mean", "std"))
-    return x * (std / 0.5) + mean
+    x = x * (std / 0.5) + mean
+    return x if facts["latent"] else x.round().clamp(0, 255).to(torch.uint8)
 
 
-def to_uint8(x, facts):
-    """Undo `to_network` for pixels: rounded and clipped to 0..255."""
-    return from_network(x, facts).round().clamp(0, 255).to(torch.uint8)
+@dataclass
+class Source:
+    """What open_source() finds. images: a sequence of arrays (C, H, W), uint8 or float32; labels: int64 (N,), zeros if
+    there are no classes; held_out: bool (N,), or None if the source has no such part; lines: what its user should know.
+    """
+
+    images: "np.ndarray | Pictures"
+    labels: np.ndarray
+    classes: list
+    held_out: np.ndarray | None
+    lines: list
 
 
-# ---- sources: each reader returns images, labels or None, and class names or None ----
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/|Thumbs\.db$)")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+HELD_OUT = re.compile(r"(^|[-_./])(test|t10k|val|valid|validation|testing)([-_./]|$)", re.IGNORECASE)
+ARRAYS = re.compile(r"(?:.*[-_.])?images(?:[-.]idx3-ubyte)?|x_(?:train|val|test)|arr_0|"   # MNIST, MedMNIST, Keras, ADM
+                    r"(?:data_batch_\d|test_batch|train|test)\.bin")                      # CIFAR-10, CIFAR-100
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
+
+def natural(name):
+    """A sort key by which "class 2" comes before "class 10"."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+
+
+def open_files(path):
+    """The files of a folder, zip, npz or tar: their names, and a function that opens one by its name. Of a single file
+    these are itself and the labels beside it. Why: then all of them are the same thing, names and bytes."""
+    if path.is_dir():
+        def fail(error):                                                    # else os.walk would leave the folder out
+            raise error
+
+        names, seen, starts = [], set(), [path]                             # links are followed after all real folders
+        while starts:
+            for root, folders, files in os.walk(starts.pop(0), onerror=fail):
+                if os.path.realpath(root) in seen:
+                    folders.clear()
+                    continue
+                seen.add(os.path.realpath(root))
+                starts += [link for link in (Path(root, folder) for folder in sorted(folders)) if link.is_symlink()]
+                names += [Path(root, file).relative_to(path).as_posix() for file in files]
+        return names, lambda name: open(regular(path / name), "rb")
+    if zipfile.is_zipfile(regular(path)):
+        archive = zipfile.ZipFile(path)
+        pairs, opener = [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()], archive.open
+    elif tarfile.is_tarfile(path):
+        archive = tarfile.open(path)
+        pairs, opener = [(member.name, member) for member in archive if not member.isdir()], archive.extractfile
+    else:
+        stem = path.name.removesuffix(".gz")
+        beside = [path.with_name(labels_of(stem) + end) for end in ("", ".gz") if labels_of(stem) != stem]
+        labels = [("labels", file) for file in beside if file.is_file()]
+        pairs, opener = [("images", path), *labels[:1]], lambda file: open(file, "rb")
+    files = {re.sub(r"^(\.?/)+", "", name.replace("\\", "/")): file for name, file in pairs}
+    if len(files) < len(pairs):
+        raise ValueError("holds several files of the same name")
+    return list(files), lambda name: opener(files[name])
+
+
+def labels_of(images):
+    """The name under which the labels of an array or file of images go."""
+    return re.sub("^x_", "y_", images.replace("images", "labels").replace("idx3", "idx1").replace("arr_0", "arr_1"))
+
+
+def read_array(open_file, name):
+    """The array in a file: .npy, idx of bytes, or CIFAR's records, gzipped or not, told apart by what it holds."""
+    with open_file(name) as raw:
+        file = gzip.open(raw) if raw.read(2) == b"\x1f\x8b" else raw
+        raw.seek(0)
+        head = file.read(8)
+        file.seek(0)
+        if head[:6] == b"\x93NUMPY":
+            return np.load(file, allow_pickle=False)
+        zeros, kind, dimensions = struct.unpack(">HBB", head[:4])
+        if name.endswith(".bin"):                                           # CIFAR-100: coarse label, label, pixels
+            return np.frombuffer(file.read(2**28), np.uint8).reshape(-1, 3074 if "batch" not in name else 3073)
+        if zeros or kind != 8:
+            raise ValueError(f"{name} is neither .npy nor an idx file of bytes")
+        sizes = struct.unpack(f">{dimensions}I", file.read(4 + 4 * dimensions)[4:])
+        return np.frombuffer(file.read(math.prod(sizes)), np.uint8).reshape(sizes)
+
+
+def as_images(array):
+    """Images (N, H, W), (N, H, W, C) or (N, C, H, W) as (N, C, H, W). Raises ValueError if they are not uint8."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"holds {array.dtype} images; save them as uint8 from 0 to 255, for values from 0 to 1 by "
+                         "(images * 255).round().astype('uint8')")
+    shaped = array[:, None] if array.ndim == 3 else array
+    shaped = shaped.transpose(0, 3, 1, 2) if shaped.ndim == 4 and shaped.shape[3] in (1, 3) else shaped
+    if shaped.ndim != 4 or shaped.shape[1] not in (1, 3) or not array.size:
+        raise ValueError(f"holds an array {array.shape}; images are (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3")
+    return shaped
+
+
+def as_labels(values):
+    """Labels 0, 1, ... and class names for one value an image: whole numbers, texts or one-hot vectors. Classes are the
+    values that occur, in natural order."""
+    values = np.asarray(values)
+    if values.ndim == 2 and values.shape[1] == 1:                           # as MedMNIST has them
+        values = values[:, 0]
+    if values.ndim == 2 and ((values == 0) | (values == 1)).all() and (values.sum(1) == 1).all():
+        values = values.argmax(1)
+    if values.dtype.kind == "f" and (abs(values) < 2**53).all() and (values % 1 == 0).all():
+        values = values.astype(np.int64)
+    if values.ndim != 1 or values.dtype.kind not in "iubU":
+        raise ValueError("labels must be one whole number, one text or one one-hot vector for each image")
+    found, labels = np.unique(values, return_inverse=True)
+    order = sorted(range(len(found)), key=lambda i: natural(str(found[i])))
+    names = [str(found[i]) for i in order]
+    if not all(name.isprintable() for name in names):
+        raise ValueError("names of classes must be printable text")
+    return np.argsort(order)[labels].astype(np.int64), names
+
+
+def read_pair(open_file, name, labels):
+    """Images (N, C, H, W) in the file `name`, and the values in the file `labels` (N, ...), or None if that is None."""
+    array = read_array(open_file, name)
+    if name.endswith(".bin"):                                               # label and pixels in one record
+        return array[:, -3072:].reshape(-1, 3, 32, 32), array[:, -3073]
+    images, values = as_images(array), read_array(open_file, labels) if labels else None
+    if labels and len(values) != len(images):
+        raise ValueError(f"{labels} has {len(values):,} labels for {len(images):,} images")
+    return images, values
+
+
+def from_arrays(stems, found, open_file):
+    """Images, values of their labels or None, and which are held out or None, from files of arrays: those of all files
+    {stem: name} whose stem is in `found`, and their labels. A stem is a path without suffix."""
+    held = {stem: len(found) > 1 and bool(HELD_OUT.search(stem)) for stem in found}
+    if all(held.values()) or sum(not held[stem] for stem in found if "data_batch" not in stem) > 1:
+        raise ValueError(f"holds several sets of images, {', '.join(found)[:200]}; choose the file of one")
+    pairs = []
+    for stem in found:
+        folder, slash, last = stem.rpartition("/")
+        beside = [stems.get(folder + slash + other) for other in (labels_of(last), "labels")]
+        pairs.append(read_pair(open_file, stems[stem], beside[0] or beside[1]))
+    images = np.concatenate([array for array, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
+    values = [values for _, values in pairs if values is not None]
+    if 0 < len(values) < len(pairs):
+        raise ValueError("has labels for some of its images only")
+    values = np.concatenate(values) if values else None
+    listed = [name for name in stems.values() if re.search(r"(^|/)(batches\.meta|fine_label_names)\.txt$", name)]
+    for name in listed:                                                     # CIFAR's class names
+        with open_file(name) as file:
+            values = np.array(file.read(2**20).decode().split())[values]
+    held_out = np.repeat([held[stem] for stem in found], [len(array) for array, _ in pairs])
+    return images, values, held_out if held_out.any() else None
 
 
 class Pictures:
-    """The pictures, or .npy latents, among the files of a folder or zip, as a sequence of arrays (C, H, W), by name.
-    Why one class: a folder and a zip are the same thing, names and bytes."""
+    """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32. changes: see decode()."""
 
-    def __init__(self, source):
-        self.source = source
-        if source.is_dir():
-            files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
-            self.open = lambda name: open(files[name], "rb")
-        else:
-            archive = zipfile.ZipFile(source)
-            files, self.open = archive.namelist(), archive.open
-        self.has_table = "dataset.json" in files
-        self.names = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES)
-        if not self.names:
-            raise ValueError("there are no images in it")
-        self.latent = self.names[0].endswith(".npy")
-        if any(name.endswith(".npy") != self.latent for name in self.names):
-            raise ValueError("holds both pictures and .npy latents")
-        self.mode = "L" if self.latent or all(self.is_grey(name) for name in self.names) else "RGB"
+    def __init__(self, path, names, open_file, changes):
+        self.path, self.names, self.open_file, self.changes = path, names, open_file, changes
+        self.limit = -1 if path.is_dir() else 2**30                         # whatever a zip says of sizes
 
     def __len__(self):
         return len(self.names)
 
-    def is_grey(self, name):
-        with reading(f"{self.source}/{name}"), self.open(name) as file, Image.open(file) as image:
-            return image.mode in ("1", "L")
-
     def __getitem__(self, i):
         name = self.names[i]
-        with reading(f"{self.source}/{name}"), self.open(name) as file:
-            data = BytesIO(file.read(2**30))                                # whatever the entry says of its size
-            if not self.latent:
-                return to_pixels(Image.open(data), self.mode)
-            image = np.load(data, allow_pickle=False)
-            if image.dtype != np.float32 or image.ndim != 3 or image.shape[0] % 2 or not np.isfinite(image).all():
-                raise ValueError("must be float32 (2C, S, S), mean and std of a posterior")
-            return image
-
-    def labels(self):
-        """A label for each image and the class names: by dataset.json [EDM2], by folder, or None, None."""
-        if self.has_table:
-            with reading(f"{self.source}/dataset.json"), self.open("dataset.json") as file:
-                table = dict(json.loads(file.read(2**30))["labels"] or {})
-                return as_labels([table[name] for name in self.names]) if table else (None, None)
-        folders = [name.split("/")[:-1] for name in self.names]
-        depth = len(os.path.commonprefix(folders))                          # classes are the first folders that differ
-        flat = [name for name, folder in zip(self.names, folders) if len(folder) == depth]
-        if flat and len(flat) < len(folders):
-            raise ValueError(f"{flat[0]} lies beside the folders of the classes")
-        return (None, None) if flat else as_labels([folder[depth] for folder in folders])
+        with reading(f"{self.path}/{name}"), self.open_file(name) as file:
+            content = BytesIO(file.read(self.limit))
+            if not name.lower().endswith(".npy"):
+                return decode(Image.open(content), self.changes)
+            latent = np.load(content, allow_pickle=False)
+            if latent.dtype != np.float32 or latent.ndim != 3 or len(latent) % 2 or not np.isfinite(latent).all():
+                raise ValueError("must be float32 (2C, S, S), mean and standard deviation of a VAE's posterior")
+            return latent
 
 
-def to_pixels(image, mode, size=None):
-    """A Pillow image as uint8 (C, H, W); with `size`, its central square resized to that side. Raises ValueError where
-    something would be lost unseen."""
+def decode(image, changes):
+    """A Pillow image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises ValueError where something would be lost
+    unseen; what is done to it is counted in `changes`."""
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":         # MPO: a phone's photo with a second
         raise ValueError(f"is animated, {image.n_frames} frames")
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"has more than 8 bits a channel (mode {image.mode})")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
-        raise ValueError("has an alpha channel; flatten it first")
-    image = ImageOps.exif_transpose(image).convert(mode)
-    if size:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)
-    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+    image.load()
+    if image.info or image.format == "TIFF":                                # where an orientation would be
+        ImageOps.exif_transpose(image, in_place=True)
+    mode = "L" if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16") else "RGB"
+    if image.mode in ("I", "F"):
+        raise ValueError(f"has more than 16 bits a channel (mode {image.mode})")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            changes["with transparency, put on white"] += 1
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
 
-def as_labels(values):
-    """Labels 0, 1, ... and class names for one value an image, whole numbers or texts: classes are those that occur."""
-    values = np.asarray(values)
-    if values.ndim != 1 or values.dtype.kind not in "iuU":
-        raise ValueError("labels must be one whole number, or one text, for each image")
-    names, labels = np.unique(values, return_inverse=True)
-    return labels.astype(np.int64), [str(name) for name in names]
+def crop_and_resize(image, size, channels, changes):
+    """The central square of an image (C, H, W), resized to `size` if that is given, in grey or in colour."""
+    C, H, W = image.shape
+    if image.dtype != np.uint8 or (H == W and size in (None, H) and C == channels):
+        return image
+    side = min(H, W)
+    changes["not square, cropped to their centre"] += H != W
+    changes["smaller than asked for, enlarged"] += side < (size or 0)
+    changes["grey, made colour as others are"] += C < channels
+    top, left = (H - side) // 2, (W - side) // 2
+    picture = to_picture(image[:, top:top + side, left:left + side]).convert("L" if channels == 1 else "RGB")
+    pixels = np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def read_idx(path):
-    """An idx file of bytes, plain or .gz, as an array: 0, 0, 8, number of dimensions; their sizes; the values."""
-    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        zeros, kind, dimensions = struct.unpack(">HBB", file.read(4))
-        if zeros or kind != 8:
-            raise ValueError("not an idx file of bytes")
-        sizes = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
-        return np.frombuffer(file.read(math.prod(sizes)), np.uint8).reshape(sizes)
+def labels_by_table(names, table, open_file, lines):
+    """The value that a dataset.json [EDM], the file `table`, has for each file, or None if it has none at all."""
+    base = table.removesuffix("dataset.json")
+    with open_file(table) as file:
+        pairs = json.loads(file.read(2**30).decode("utf-8-sig"))["labels"] or []
+    values = dict(pairs)
+    if not values:
+        lines.append("dataset.json has no labels")
+        return None
+    missing = [name for name in names if not name.startswith(base) or name.removeprefix(base) not in values]
+    if missing or len(values) < len(pairs):
+        raise ValueError(f"has no label for {missing[0]}" if missing else "has two labels for one image")
+    if len(values) > len(names):
+        lines.append(f"dataset.json names images that are not there: {len(values) - len(names):,}")
+    return [values[name.removeprefix(base)] for name in names]
 
 
-def from_idx(path):
-    """MNIST's format: NAME-images-idx3-ubyte, NAME-labels-idx1-ubyte beside it if there is one, each .gz or not."""
-    name = re.sub(r"images([-.])idx3", r"labels\1idx1", path.name.removesuffix(".gz"))
-    beside = [path.with_name(other) for other in (name, f"{name}.gz") if other != path.name]
-    found = [other for other in beside if other.is_file()]
-    return read_idx(path)[:, None], *(as_labels(read_idx(found[0])) if found else (None, None))
+def split_folders(names, lines):
+    """The folders of each file below the lowest one that holds all, and which files are held out, or None. Folders
+    train, val, test and the like there are splits and are taken off."""
+    def below(folders):
+        depth = len(os.path.commonprefix(folders))
+        return [folder[depth:] for folder in folders]
+
+    folders, held_out = below([name.split("/")[:-1] for name in names]), None
+    top = sorted({folder[0] if folder else "" for folder in folders})
+    splits = [name for name in top if name.lower() in SPLITS]
+    if splits:
+        if splits != top or not {"train", "training"} & {name.lower() for name in splits}:
+            raise ValueError(f"has a folder {splits[0]}: if it is a split, there must be train beside it, and no other "
+                             "folder but splits; if it is a class, give it another name")
+        lines.append(f"the folders {', '.join(splits)} are splits: what is not train is held out")
+        held_out = np.array([folder[0].lower() not in ("train", "training") for folder in folders])
+        folders = below([folder[1:] for folder in folders])
+    inner = {name for folder in folders for name in folder[1:]}
+    if any(name.lower() in SPLITS for name in inner):
+        raise ValueError("has folders named like splits inside of others; splits must be the outermost folders")
+    return folders, held_out
 
 
-def from_cifar(path):
-    """The training part of CIFAR-10's or CIFAR-100's binary archive, read from the tar, with its class names."""
-    parts, names = {}, None
-    with tarfile.open(path) as tar:
-        for member in tar:
-            name = member.name.rsplit("/", 1)[-1]
-            if name in ("batches.meta.txt", "fine_label_names.txt"):
-                names = tar.extractfile(member).read(2**20).decode().split()
-            elif re.fullmatch(r"data_batch_\d\.bin|train\.bin", name):
-                head = 2 if name == "train.bin" else 1                      # CIFAR-100: coarse label, label, pixels
-                records = np.frombuffer(tar.extractfile(member).read(2**28), np.uint8).reshape(-1, head + 3072)
-                parts[name] = records[:, -3073:]
-    if not parts:
-        raise ValueError("there is no data_batch_1.bin or train.bin in it, as CIFAR's binary archives have")
-    records = np.concatenate([parts[name] for name in sorted(parts)])
-    labels, classes = as_labels(records[:, 0])
-    classes = [names[int(label)] for label in classes] if names else classes
-    return records[:, 1:].reshape(-1, 3, 32, 32), labels, classes
+def labels_by_folder(names, folders, lines):
+    """The folder that is the class of each file, or None if there are no classes."""
+    if all(re.search(r"(^|/)[0-9]{5}/img[0-9]{8}\.[^/]*$", name) for name in names):
+        lines.append("the folders are numbered as EDM does it, so they are no classes; there is no dataset.json")
+        return None
+    flat = [name for name, folder in zip(names, folders) if not folder]
+    if flat and len(flat) < len(names):
+        raise ValueError(f"{flat[0]} lies beside the folders of the classes; put it into one, or take it out")
+    return None if flat else [folder[0] for folder in folders]
 
 
-def from_npz(path):
-    """ADM's format: arr_0 uint8 (N, H, W, C) or (N, H, W), and if there are labels arr_1 or `labels`."""
-    with np.load(path, allow_pickle=False) as file:
-        images, labels = file["arr_0"], file.get("arr_1", file.get("labels"))
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"needs images arr_0, uint8 (N, H, W, C), not {images.dtype} {images.shape}")
-    images = images[..., None] if images.ndim == 3 else images
-    images = images.transpose(0, 3, 1, 2)
-    return images, *(as_labels(labels) if labels is not None else (None, None))
-
-
-def open_source(path):
-    """Images (an array or Pictures), labels and class names of a file or folder, by what it is. Raises UserError."""
-    path, name = Path(path), Path(path).name.lower()
+def open_source(path, changes):
+    """The Source in a folder or file, by what it holds. changes: a Counter, see decode(). Raises UserError."""
+    path, opened, lines, held_out = Path(path), set(), [], None
     with reading(path):
-        if path.is_dir() or (path.is_file() and name.endswith(".zip")):
-            pictures = Pictures(path)
-            return pictures, *pictures.labels()
-        regular(path)
-        for pattern, reader in ((r"\.npz$", from_npz), (r"idx3", from_idx), (r"\.(tar|tar\.gz|tgz)$", from_cifar)):
-            if re.search(pattern, name):
-                images, labels, classes = reader(path)
-                if not images.size:
-                    raise ValueError("there are no images in it")
-                if labels is not None and len(labels) != len(images):
-                    raise ValueError(f"has {len(labels):,} labels for {len(images):,} images")
-                return images, labels, classes
-        raise ValueError("is none of: folder, .zip, .npz, idx3, .tar.gz")
+        every, open_any = open_files(path)
+
+        def open_file(name):
+            opened.add(name)
+            return open_any(name)
+
+        names = sorted(name for name in every if not HIDDEN.search(name))
+        pictures = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+        others = [name for name in names if name.lower().endswith(".npy")] + list(set(names) - set(pictures))
+        stems = {re.sub(r"(\.npy|\.gz)+$", "", name).replace(".idx", "-idx"): name
+                 for name in sorted(others, reverse=True)}
+        found = sorted((stem for stem in stems if ARRAYS.fullmatch(stem.rpartition("/")[2])),
+                       key=lambda stem: (natural(stem.rpartition("/")[2]), stem))
+        if any(stem.rpartition("/")[2] == "data_batch_1" for stem in stems):
+            raise ValueError("holds pickles, which can run code; take the binary archive: python data.py cifar10")
+        if found:
+            pictures = [name for name in pictures if not name.endswith(".npy")]
+            if pictures:
+                raise ValueError(f"holds both pictures and an array of images, {found[0]}; take one of them out")
+            images, values, held_out = from_arrays(stems, found, open_file)
+        elif path.suffix.lower() == ".npz":
+            raise ValueError(f"has arrays {', '.join(stems)[:200]}, but none called arr_0, images, x_train or "
+                             "train_images")
+        elif not pictures:
+            raise ValueError("there are no images in it, of a kind that this reads")
+        elif len({name.lower().endswith(".npy") for name in pictures}) > 1:
+            raise ValueError("holds both pictures and .npy latents")
+        elif path.is_file() and not zipfile.is_zipfile(path):
+            raise ValueError("is a tar of pictures, which is slow to read in any order; unpack it")
+        else:
+            images, (folders, held_out) = Pictures(path, pictures, open_any, changes), split_folders(pictures, lines)
+            table = next((name for name in names if name.rpartition("/")[2] == "dataset.json"), None)
+            with reading(f"{path}/{table}" if table else path):
+                values = (labels_by_table(pictures, table, open_file, lines) if table else
+                          labels_by_folder(pictures, folders, lines))
+        labels, classes = (np.zeros(len(images), np.int64), []) if values is None else as_labels(values)
+    left = set(names) - opened - set(pictures)
+    left = Counter(name if name.endswith(".npy") else os.path.splitext(name)[1] or name for name in left)
+    left |= {"hidden": len(every) - len(names)}
+    left = [f"{count:,} {ascii(kind)[1:-1]}" for kind, count in sorted(left.items()) if count]
+    return Source(images, labels, classes, held_out, lines + [f"left out: {', '.join(left)[:300]}"] * bool(left))
 
 
 DOWNLOADS = {                                                               # name: where from, {file: its SHA-256}
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
         "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"}),
+        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"}),
     "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
         "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"}),
+        "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"}),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}),
     "cifar100": ("https://www.cs.toronto.edu/~kriz/", {
@@ -387,7 +553,8 @@ FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 def download(url, path, sha256):
-    """Fetch a file that is not at `path` yet; it appears there whole, with this SHA-256 (or its beginning), or not."""
+    """Fetch a file that is not at `path` yet; it appears there whole, with this SHA-256 (or its beginning), or not. A
+    file that its user put there is taken as it is."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)                                        # torch.hub has no time-out of its own
@@ -395,42 +562,94 @@ def download(url, path, sha256):
             torch.hub.download_url_to_file(url, str(path), sha256)
 
 
-# ---- make ready ----
+def write_header(file, count, image):
+    """Write the header of an .npy file of `count` such images; numpy pads it, so that another count fits in its place.
+    """
+    file.seek(0)
+    header = {"descr": image.dtype.str, "fortran_order": False, "shape": (count, *image.shape)}
+    np.lib.format.write_array_header_1_0(file, header)
 
-def write_set(folder, images, labels, classes, size, about):
-    """Write images (an array or Pictures), labels and names as a set into `folder`; size: the side to resize to."""
-    first, sha, source = images[0], hashlib.sha256(), about["source"]
-    if size and (first.dtype != np.uint8 or len(first) not in (1, 3)):
-        raise UserError(f"--size: {source} holds latents, or {len(first)} channels, which cannot be resized")
-    latent, shape = first.dtype == np.float32, (len(first), size, size) if size else first.shape
-    moments = np.zeros((2, len(first) // 2 if latent else 1))               # sums of x and x² for each channel
-    with open(folder / "images.npy", "wb") as file:                         # not mapped: a full disk would kill us
-        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(images), *shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for i, image in enumerate(progress(images, "images made ready", len(images))):
-            if size:
-                image = to_pixels(to_picture(image), "L" if len(image) == 1 else "RGB", size)
-            if image.shape != shape or shape[1] != shape[2]:
-                name = images.names[i] if isinstance(images, Pictures) else f"image {i}"
-                raise UserError(f"{source}: {name} is {image.shape[2]}x{image.shape[1]}, and all must be square and of "
-                                "one size: choose one with --size")
-            image = np.ascontiguousarray(image)
-            file.write(image)
-            sha.update(image)
-            mean, std = np.split(image.astype(float), 2) if latent else (image.astype(float).reshape(1, -1, 1), 0.0)
-            moments += mean.mean((1, 2)), (mean**2 + std**2).mean((1, 2))
-    mean, square = moments / len(images)
-    std = np.sqrt(np.maximum(square - mean**2, 0))
+
+def write_images(files, source, made, changes, channels=1):
+    """Write the images of a Source into two open files, those to train on and those held out; made, changes: see
+    write_set(). Returns the numbers of the images in each. Unless the source itself holds images out, the hash of an
+    image decides, so that copies of one image stay together."""
+    changes.clear()
+    first, numbers = None, ([], [])
+    for i in progress(range(len(source.images)), "images made ready", len(source.images)):
+        try:
+            image = source.images[i]
+        except UserError as error:
+            if not made["skip_broken"]:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            changes["that cannot be read, left out"] += 1
+            continue
+        if made["size"] and image.dtype != np.uint8:
+            raise UserError(f"--size: {made['source']} holds latents, which cannot be resized")
+        if len(image) > channels:                                           # not grey after all: begin again
+            return write_images(files, source, made, changes, len(image))
+        image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
+        if first is None:
+            first = image
+            for file in files:
+                file.truncate(0)
+                write_header(file, 0, first)
+        if image.shape != first.shape or image.shape[1] != image.shape[2]:
+            name = source.images.names[i] if isinstance(source.images, Pictures) else f"image {i}"
+            hint = "; choose one with --size" if image.dtype == np.uint8 else ""
+            raise UserError(f"{made['source']}: {name} is {'x'.join(map(str, image.shape))}, the first is "
+                            f"{'x'.join(map(str, first.shape))}: images must be square and of one size{hint}")
+        share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
+        held = share < made["holdout"] if source.held_out is None else bool(source.held_out[i])
+        files[held].write(image)
+        numbers[held].append(i)
+    if not numbers[0]:
+        raise UserError(f"{made['source']}: no image is left to train on")
+    for file, part in zip(files, numbers):
+        write_header(file, len(part), first)
+    return numbers
+
+
+def statistics(images):
+    """Mean and standard deviation of all pixels, or of each channel of latents: float64 (1,) or (C,)."""
+    latent, total, square = images.dtype == np.float32, 0.0, 0.0
+    for part in np.array_split(images, min(len(images), images.size // 2**22 + 1)):
+        part = (part if latent else part.reshape(len(part), 1, -1, 1)).astype(float)
+        halves = np.split(part, 2, axis=1) if latent else [part]            # means, and deviations of a posterior
+        total = total + halves[0].sum((0, 2, 3))
+        square = square + sum(np.einsum("nchw,nchw->c", half, half) for half in halves)
+    count = images[:, 0].size if latent else images.size
+    return total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
+
+
+def write_set(folder, source, made, changes):
+    """Write a Source as a set into `folder`. made: how, {"source", "size", "holdout", "skip_broken"}; changes: a
+    Counter, which is filled with what was done to how many images."""
+    hashes = {name: hashlib.sha256() for name in ("images", "labels", "classes")}
+    with open(folder / "images.npy", "wb") as train, open(folder / "holdout-images.npy", "wb") as holdout:
+        numbers = write_images((train, holdout), source, made, changes)
+    for part, prefix in zip(numbers, ("", "holdout-")):
+        np.save(folder / f"{prefix}labels.npy", source.labels[part])
+        images = np.load(folder / f"{prefix}images.npy", mmap_mode="r")
+        hashes["images"].update(str(images.shape).encode())                 # where the held-out part begins
+        hashes["images"].update(images)
+        hashes["labels"].update(source.labels[part])
+    hashes["classes"].update(json.dumps(source.classes).encode())
+    counts = np.bincount(source.labels[numbers[0]], minlength=len(source.classes))
+    if not counts.all():
+        raise UserError(f"{made['source']}: no image of {source.classes[counts.argmin()]!r} is left to train on; "
+                        "choose a lower --holdout")
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    mean, std = statistics(images)
     if not std.all():
-        raise UserError(f"{source}: all images are alike")
-    labels = np.zeros(len(images), np.int64) if labels is None else labels
-    hashes = {"images": sha.hexdigest(), "labels": hashlib.sha256(labels).hexdigest(),
-              "classes": hashlib.sha256(json.dumps(classes).encode()).hexdigest()}
-    about |= {"format": 1, "classes": classes or [], "counts": np.bincount(labels).tolist() if classes else [],
-              "mean": mean.tolist(), "std": std.tolist(), "hashes": hashes}
-    np.save(folder / "labels.npy", labels)
-    (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    to_picture(contact_sheet(load_dataset(folder))).save(folder / "contact-sheet.png")
+        raise UserError(f"{made['source']}: all images are alike")
+    facts = {"latent": images.dtype == np.float32, "mean": mean.tolist(), "std": std.tolist(),
+             "classes": source.classes, "counts": counts.tolist(),
+             "hashes": {name: sha.hexdigest() for name, sha in hashes.items()}}
+    about = json.dumps({"format": FORMAT, "made": made, "facts": facts}, indent=1, ensure_ascii=False)
+    (folder / "about.json").write_text(about, encoding="utf-8")
+    contact_sheet(load_dataset(folder)).save(folder / "contact-sheet.png")
 
 
 def to_picture(image):
@@ -439,31 +658,40 @@ def to_picture(image):
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
-def make_grid(images, columns):
-    """Images (N, C, S, S), uint8, as one (C, H, W), row by row; small ones are enlarged by whole pixels."""
+def make_grid(images, columns, names=()):
+    """Images (N, C, S, S), uint8, as one Pillow image, row by row, the names of the rows at their left; small ones are
+    enlarged by whole pixels."""
     enlarge = max(1, 64 // images.shape[-1])
     images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     cell, rows = images.shape[-1] + 2, -(-len(images) // columns)
-    sheet = torch.full((images.shape[1], rows * cell + 2, columns * cell + 2), 48, dtype=torch.uint8)
+    font, names = ImageFont.load_default(12), [name[:16] for name in names]
+    margin = 2 + max((10 + int(font.getlength(name)) for name in names), default=0)
+    sheet = torch.full((images.shape[1], rows * cell + 2, columns * cell + margin), 48, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * cell + 2, i % columns * cell + 2
+        top, left = i // columns * cell + 2, i % columns * cell + margin
         sheet[:, top:top + cell - 2, left:left + cell - 2] = image
-    return sheet
+    picture = to_picture(sheet)
+    for row, name in enumerate(names):
+        ImageDraw.Draw(picture).text((margin - 6, row * cell + cell // 2), name, "white", font, anchor="rm")
+    return picture
 
 
 def contact_sheet(dataset):
     """Ten images of each of the first 16 classes, or 100 without labels; of latents, three channels of their means."""
-    order, classes = epoch_order(len(dataset), 0, 0), dataset.about["classes"]
+    order, classes, C = epoch_order(len(dataset), 0, 0), dataset.facts["classes"], dataset.shape[0]
     rows = [order[dataset.labels[order] == label][:10] for label in range(min(len(classes), 16))]
     rows = rows or np.array_split(order[:100], 10)
-    channels = 1 if dataset.shape[0] < 3 else 3
-    sheet = torch.zeros(len(rows), 10, channels, *dataset.shape[1:], dtype=torch.uint8)     # short rows end in black
+    side = min(dataset.shape[1], 128)
+    sheet = torch.zeros(len(rows), 10, 1 if C < 3 else 3, side, side, dtype=torch.uint8)            # short rows: black
     for cells, row in zip(sheet, rows):
         images = torch.from_numpy(dataset.images[row])
-        if dataset.latent:
-            images = to_network(images[:, :dataset.shape[0]], dataset.about).add(1).mul(127.5).clamp(0, 255)
-        cells[:len(row)] = images[:, :channels].to(torch.uint8)
-    return make_grid(sheet.flatten(0, 1), 10)
+        if dataset.facts["latent"]:
+            images = to_network(images[:, :C], dataset.facts).add(1).mul(127.5).clamp(0, 255)
+        images = images[:, :cells.shape[1]]
+        if side < images.shape[-1]:
+            images = torch.nn.functional.interpolate(images.float(), side, mode="area")
+        cells[:len(row)] = images.to(torch.uint8)
+    return make_grid(sheet.flatten(0, 1), 10, classes[:16])
 
 
 def main():
@@ -471,42 +699,54 @@ def main():
     parser.add_argument("source", help=f"{', '.join(DOWNLOADS)}, or the path of a folder or file")
     parser.add_argument("--name", help="the set goes to datasets/NAME (default: the source's name, and -SIZE)")
     parser.add_argument("--size", type=number(int, 1, 8192), help="crop images to their centre, resize to this side")
+    parser.add_argument("--holdout", type=number(float, 0, 0.9), default=0.05, help="share of the images to hold out "
+                        "from training, if the source has no such part of its own (default: 0.05)")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     args = parser.parse_args()
-    path, named = Path(args.source), args.source in DOWNLOADS
-    stem = re.sub(r"(\.(zip|npz|tar|tgz|gz))+$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
+    path, named, changes, lines = Path(args.source), args.source in DOWNLOADS, Counter(), []
+    if named and path.exists():
+        raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")
+    stem = re.sub(r"(\.(zip|npz|npy|tar|tgz|gz))+$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
     name = args.name or (f"{stem}-{args.size}" if args.size else stem)
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or name == "downloads" or not args.source:
         raise UserError(f"--name: {name[:60]!r} is not made of letters, digits and . + - _")
-    folder, about = DATASETS / name, {"source": args.source if named else os.path.abspath(path), "size": args.size}
+    folder = DATASETS / name
+    made = {"source": args.source if named else os.path.abspath(path)} | {
+        option: getattr(args, option) for option in ("size", "holdout", "skip_broken")}
     if folder.exists() and not (args.overwrite and (folder / "about.json").is_file()):
-        dataset = load_dataset(name)
-        if any(dataset.about.get(key) != value for key, value in about.items()) and (named or path.exists()):
-            raise UserError(f"{folder} was made from {dataset.about['source']}, size {dataset.about['size']}; give "
-                            "another --name, or --overwrite")
-        print(f"{folder} is ready")
+        with reading(folder):
+            theirs = json.loads(regular(folder / "about.json").read_text(encoding="utf-8")).get("made", {})
+        other = [f"{option} {theirs.get(option)!r}, not {value!r}" for option, value in made.items()
+                 if theirs.get(option) != value]
+        if other:
+            raise UserError(f"{folder} was made with {'; '.join(other)}; choose another --name, or --overwrite")
+        lines.append(f"{folder} is ready; if its source has changed since, use --overwrite")
     else:
         if named:
             base, files = DOWNLOADS[args.source]
-            paths = [DATASETS / "downloads" / args.source / file for file in files]
-            for target, sha256 in zip(paths, files.values()):
-                download(base + target.name, target, sha256)
-            path = paths[0]
-        images, labels, classes = open_source(path)
-        classes = FASHION if args.source == "fashion-mnist" else classes
-        with tempfile.TemporaryDirectory(dir=DATASETS, prefix=".making-") as made:
-            made = Path(made) / name
-            made.mkdir()
-            write_set(made, images, labels, classes, args.size, about)
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
-        dataset = load_dataset(name)
+            path = DATASETS / "downloads" / args.source
+            for file, sha256 in files.items():
+                download(base + file, path / file, sha256)
+            path = path / file if len(files) == 1 else path
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file; sets to fetch are {', '.join(DOWNLOADS)}")
+        source = open_source(path, changes)
+        source.classes = FASHION if args.source == "fashion-mnist" else source.classes
+        with tempfile.TemporaryDirectory(dir=DATASETS, prefix=".making-") as making:
+            making = Path(making) / name
+            making.mkdir()
+            write_set(making, source, made, changes)
+            if folder.exists():
+                folder.rename(making.with_name("before"))                   # which goes away with what is around it
+            making.rename(folder)
+        lines += source.lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
+    dataset = load_dataset(name)
     C, S, _ = dataset.shape
-    print(f"{len(dataset):,} {'latents' if dataset.latent else 'images'}, {S}x{S}, channels: {C}, "
-          f"mean {dataset.about['mean']}, standard deviation {dataset.about['std']}")
-    pairs = [f"{name} {count:,}" for name, count in zip(dataset.about["classes"], dataset.about["counts"])]
-    print(f"{len(pairs)} classes: {', '.join(pairs[:16])}{', ...' * (len(pairs) > 16)}" if pairs else "no labels")
-    print(folder / "contact-sheet.png")
+    mean, std = (", ".join(f"{value:.4g}" for value in dataset.facts[name]) for name in ("mean", "std"))
+    print(describe(dataset.facts))
+    print(f"held out: {len(dataset.holdout or ''):,}; {S}x{S}, channels: {C}, mean {mean}, standard deviation {std}")
+    print(*lines, folder / "contact-sheet.png", sep="\n")
 
 
 if __name__ == "__main__":

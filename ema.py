@@ -36,8 +36,6 @@ import torch
 FORMAT = 2  # of the files; those of format 1 had no hash, and their weights and moments meant something else
 
 
-# ---- the profile ----
-
 def std_to_gamma(std):
     """The exponent gamma of the profile t^gamma with relative width std, 0 < std < 0.289 [EDM2, Algorithm 2]."""
     if not 0.001 <= std < 12**-0.5:
@@ -66,8 +64,6 @@ def solve_coefficients(sources, targets):
     residual = square - 2 * (b * x).sum(axis=0) + (x * (A @ x)).sum(axis=0)
     return x, np.sqrt(np.maximum(residual, 0) / square)
 
-
-# ---- while training ----
 
 def unwrap(module):
     """The module inside the wrappers of torch.compile and DistributedDataParallel."""
@@ -110,8 +106,6 @@ class PowerEMA:
         for std, average in self.averages.items():
             average.load_state_dict(state["averages"][std])
 
-
-# ---- files: whole or absent, and exactly what was saved or refused ----
 
 @contextmanager
 def atomic_file(path):
@@ -211,8 +205,6 @@ def list_snapshots(folder):
     names = ((path, re.fullmatch(r"(\d{1,15})-(0\.\d{3})\.pt", path.name)) for path in Path(folder).glob("*.pt"))
     return sorted((int(name[1]), float(name[2]), path) for path, name in names if name)
 
-
-# ---- after training ----
 
 @torch.no_grad()
 def reconstruct(folder, stds, step=None):

@@ -12,8 +12,10 @@ A source is a set that data.py made ready, a folder, zip or npz of images as the
 or a run directory or snapshot, from which samples are drawn on the fly. Under torchrun processes share the work.
 """
 
+import os
 import sys
 import tomllib
+from collections import Counter
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,11 +25,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (DATASETS, Parser, UserError, download, load_dataset, number, open_source, progress, reading, regular,
-                  run_main)
+from data import (Parser, UserError, crop_and_resize, download, find_set, load_dataset, number, open_source, progress,
+                  reading, regular, run_main)
 from ema import atomic_file
-from sample import (check_guidance, choose_device, guided, join_processes, leave_processes, load_decoder, load_denoiser,
-                    sample, together)
+from sample import (check_guidance, choose_device, deal_labels, guided, join_processes, leave_processes, load_decoder,
+                    load_denoiser, sample, together)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 LAYOUT = "61093f3898ff55ee"                                                 # of the names and shapes in that file
@@ -189,29 +191,48 @@ def read_statistics(path):
         return mu, sigma, int(file["count"]) if "count" in file.files else None
 
 
-def run_samples(run, args, device, std):
-    """A function that draws samples of a run: number i from seed args.seed + i, of class i modulo their number."""
+def open_run(run, args, device, std):
+    """A function that draws the samples of a run with these numbers, and the shape (C, S, S) of its images. Sample i
+    comes from seed args.seed + i; classes are as frequent as in the data of the run."""
     denoiser, facts = load_denoiser(run, device, std)
-    decode, classes = load_decoder(facts, device), max(denoiser.net.config.num_classes, 1)
-    check_guidance(denoiser.net.config, facts, args.guidance)
+    decode, config = load_decoder(facts, device), denoiser.net.config
+    check_guidance(config, facts, args.guidance)
+    denoise = guided(denoiser, args.guidance)
 
-    return lambda numbers: decode(sample(denoiser, facts, [i % classes for i in numbers],
-                                         [args.seed + i for i in numbers], denoise=guided(denoiser, args.guidance)))
+    def draw(numbers):
+        seeds = [args.seed + i for i in numbers]
+        return decode(sample(denoiser, facts, deal_labels(facts["counts"], numbers), seeds, denoise=denoise))
+
+    return draw, None if facts["latent"] else (config.channels, config.image_size, config.image_size)
 
 
-def open_images(source, args, device):
-    """How many images a source has, and a function from numbers to images, uint8 (B, C, H, W) on the CPU."""
-    if (Path(source) / "ema").is_dir() or Path(source).suffix == ".pt":
-        return args.count, run_samples(source, args, device, args.ema)
-    ready = (Path(source) / "about.json").is_file() or (DATASETS / source / "about.json").is_file()
-    images = load_dataset(source).images if ready else open_source(source)[0]
+def open_images(source, shape):
+    """How many images a source has, and a function from numbers to images, uint8 (B, C, H, W). shape: what to make of
+    them, by the preparation that data.py has for training, or None: they stay as they are, grey ones among colour in
+    colour. Why: a distance would also measure that one side was cropped or resized in another way."""
+    ready = find_set(source) or not Path(source).exists()                   # load_dataset says what there is
+    images = load_dataset(source).images if ready else open_source(source, Counter()).images
+    with reading(source):
+        colour = shape is None and any(len(image) > 1 for image in images)
+    form = "as they are"
+    if shape:
+        form = f"{shape[1]}x{shape[2]}, {'grey' if shape[0] == 1 else 'colour'}, as the run's data"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{source}: {len(images):,} images, {form}", file=sys.stderr)
+
+    def prepare(image):
+        if image.dtype != np.uint8:
+            raise ValueError("holds latents; name images to compare with")
+        if shape is None:
+            return np.repeat(image, 3, 0) if colour and len(image) == 1 else image
+        return crop_and_resize(image, shape[1], shape[0], Counter())
 
     def read(numbers):
         with reading(source):
-            batch = np.stack([images[i] for i in numbers])
-            if batch.dtype != np.uint8:
-                raise ValueError("holds latents; name images to compare with")
-            return torch.from_numpy(batch)
+            batch = [prepare(images[i]) for i in numbers]
+            if len({image.shape for image in batch}) > 1:
+                raise ValueError("its images differ in size; python data.py with --size makes them alike")
+            return torch.from_numpy(np.stack(batch))
 
     return len(images), read
 
@@ -224,8 +245,8 @@ def statistics(source, total, draw, features, batch, device, rank, processes):
             raise UserError(f"{source}: has {total} images for {processes} processes")
         seen, numbers = FeatureStatistics(), range(rank, total, processes)
         batches = [numbers[i:i + batch] for i in range(0, len(numbers), batch)]
-        for batch in progress(batches, f"{source}, images", len(numbers), len):
-            seen.update(features(draw(batch).to(device)))
+        for part in progress(batches, f"{source}, images", len(numbers), len):
+            seen.update(features(draw(part).to(device)))
     return seen.finish(processes)
 
 
@@ -282,14 +303,17 @@ def main():
         if args.plot and args.plot.suffix != ".svg":
             raise UserError(f"--plot: {args.plot} is not the name of a .svg file")
         device, run = choose_device(args.device), args.sources[0]
-        torch.backends.cudnn.allow_tf32 = False                             # TF32 would change the features
         if args.command == "stats":
             args.out.parent.mkdir(parents=True, exist_ok=True)              # fails now rather than after the work
         features = load_features(args.features, args.weights, device)
         names = args.sources if args.command != "sweep" else [args.reference or dataset_of(run)]
+        swept = [open_run(run, args, device, std) for std in args.std or [] if args.command == "sweep"]
+        runs = {name: open_run(name, args, device, args.ema) for name in names
+                if (Path(name) / "ema").is_dir() or Path(name).suffix == ".pt"}
+        shape = next((shape for _, shape in [*swept, *runs.values()]), None)
         known = [read_statistics(name) for name in names]
-        opened = [None if found else open_images(name, args, device) for name, found in zip(names, known)]
-        draws = [run_samples(run, args, device, std) for std in args.std] if args.command == "sweep" else []
+        opened = [(args.count, runs[name][0]) if name in runs else found or open_images(name, shape)
+                  for name, found in zip(names, known)]
     common = features, args.batch, device, rank, processes
     known = [found or statistics(name, *source, *common) for name, found, source in zip(names, known, opened)]
     if args.command == "compare":
@@ -302,7 +326,7 @@ def main():
         print(args.out)
     else:
         points = []
-        for std, draw in zip(args.std, draws):
+        for std, (draw, _) in zip(args.std, swept):
             points.append((std, compare(statistics(run, args.count, draw, *common), known[0], (run, names[0]))))
             print(f"EMA width {std:.3f}  distance {points[-1][1]:.6g}", flush=True)
         print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:.3f}")

@@ -17,8 +17,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ---- functions ----
-
 def normalize(x):
     """Scale the last dimension to RMS 1: (..., D) -> (..., D), same dtype, the mean taken in float32 [EDM2, Eq. 47].
     Why: this is what makes a vector's length carry no information. Rows of RMS far below 1e-4 stay small."""
@@ -73,8 +71,6 @@ def attention(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
 
-
-# ---- layers ----
 
 class MPFourier(nn.Module):
     """Fourier features sqrt(2)·cos(2π(f·x + phi)) of a scalar, f ~ N(0, 1), phi ~ U(0, 1) fixed [EDM2, Eq. 75].
@@ -171,8 +167,6 @@ class Modulation(nn.Module):
             value |= {kind: gain * x for kind, gain, x in zip(self.sizes, self.gain, values)}
         return value["rotate"], value["scale"], value["shift"], value["gate"]
 
-
-# ---- forced weight normalization ----
 
 @torch.no_grad()
 def force_weight_normalization(model):

@@ -36,8 +36,6 @@ from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLi
                     mp_sum, normalize)
 
 
-# ---- configuration ----
-
 SIZES = {"XS": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
@@ -53,6 +51,7 @@ def check_value(value, kind, low, high, choices):
         if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"must be a list, not {repr(value)[:60]}")
         return tuple(check_value(item, kind.__args__[0], low, high, choices) for item in value)
+    value = str(value).lower() if choices and isinstance(value, bool) else value            # as TOML writes true
     if choices:
         good, what = isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
     elif kind is str:
@@ -143,8 +142,6 @@ def config_class(variant=""):
     return importlib.import_module(f"variants.{variant}").Config
 
 
-# ---- the magnitude-preserving family [MaP-DiT]: no LayerNorm, no biases ----
-
 def position_embedding(width, grid):
     """Fixed 2-D sine-cosine embedding [DiT]: (grid², width), half of the channels for each axis."""
     freqs = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
@@ -203,8 +200,6 @@ class MPOutput(nn.Module):
         theta, scale, shift, _ = self.modulation(cond)
         return self.gain * self.linear(modulate(x, theta, scale, shift))
 
-
-# ---- the plain family [DiT]: LayerNorm, biases, adaLN-Zero ----
 
 class PlainInput(nn.Module):
     """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D).
@@ -292,8 +287,6 @@ def init_plain(net):
         nn.init.zeros_(layer.weight)
 
 
-# ---- the network ----
-
 FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock, PlainOutput)}
 
 
@@ -343,10 +336,10 @@ class Denoiser(nn.Module):
 
     forward(x, sigma, labels=None): noisy images (B, C, S, S) whose clean part has standard deviation 0.5, noise levels
     () or (B,), labels (B,) int64, None or num_classes for unconditional -> denoised images (B, C, S, S), float32.
-    Why: the network always sees and predicts unit variance, whatever the noise level. On GPUs that have bfloat16 its
-    products run in it; the residual stream, modulation values and everything around the network stay in float32."""
+    Why: the network always sees and predicts unit variance, whatever the noise level. bfloat16: whether its products
+    run in that; the residual stream, modulation values and everything around the network stay in float32."""
 
-    sigma_data = 0.5
+    sigma_data, bfloat16 = 0.5, False
 
     def __init__(self, config):
         super().__init__()
@@ -361,8 +354,7 @@ class Denoiser(nn.Module):
         s = sigma.view(-1, 1, 1, 1)
         norm = (s**2 + self.sigma_data**2).sqrt()
         c_skip, c_out, c_in = (self.sigma_data / norm) ** 2, s * self.sigma_data / norm, 1 / norm
-        bfloat16 = x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             out = self.net(c_in * x, sigma.log() / 4, labels)
         return c_skip * x + c_out * out.float()
 

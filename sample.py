@@ -9,6 +9,7 @@ guidance in an interval: Kynkäänniemi et al. 2024, arXiv 2404.07724.
 
 import math
 import os
+import shutil
 import sys
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Parser, UserError, from_network, make_grid, number, progress, reading, run_main, to_picture, to_uint8
+from data import Parser, UserError, from_network, make_grid, number, progress, reading, run_main, to_picture
 from ema import atomic_file, list_snapshots, load_file, reconstruct
 from model import Denoiser, config_class
 
+PRECISIONS = ("auto", "float32", "bfloat16")
 
-# ---- the sampler ----
 
 def noise_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """The sampler's noise levels, from sigma_max down to sigma_min and then 0: (steps + 1,), float64 [EDM, Eq. 5]."""
@@ -67,14 +68,8 @@ def guided(denoiser, guidance, guide=None, interval=(0.0, math.inf)):
     def denoise(x, sigma, labels):
         if guidance == 1 or not interval[0] < sigma <= interval[1]:
             return denoiser(x, sigma, labels)
-        if guide:
-            main, weak = denoiser(x, sigma, labels), guide(x, sigma, labels)
-        elif x.is_cuda or len(x) <= 32:                                     # larger batches gain nothing on a CPU
-            null = torch.full_like(labels, denoiser.net.config.num_classes)
-            main, weak = denoiser(torch.cat([x, x]), sigma, torch.cat([labels, null])).chunk(2)
-        else:
-            main, weak = denoiser(x, sigma, labels), denoiser(x, sigma, None)
-        return weak + guidance * (main - weak)
+        weak = guide(x, sigma, labels) if guide else denoiser(x, sigma, None)
+        return weak + guidance * (denoiser(x, sigma, labels) - weak)
 
     return denoise
 
@@ -86,8 +81,15 @@ def seeded_noise(seeds, shape, device="cpu"):
     return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
 
+def deal_labels(counts, numbers):
+    """Labels (N,) for samples with these numbers (N,): any stretch of numbers has classes as often as the data, where
+    class i occurs counts[i] times. Why: otherwise a distance between both would measure shares of classes too."""
+    steps = (np.asarray(numbers) + 0.5) * ((math.sqrt(5) - 1) / 2) % 1      # the golden ratio fills 0..1 evenly
+    return np.searchsorted(np.cumsum(counts) / sum(counts), steps, side="right")
+
+
 def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, **options):
-    """Draw one image for each pair of label (int, or num_classes for none) and seed, as one batch.
+    """Draw one image for each pair of label (num_classes for none) and seed, as one batch.
     facts: of the dataset. denoise: the function to sample with (default: `denoiser`). options: heun_sampler's.
     Returns uint8 (B, C, S, S) on the CPU, or float32 if these are latents; with `frames` (B, steps + 1, C, S, S), what
     each step starts from and the result."""
@@ -97,13 +99,11 @@ def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, **options
     def watch(x, sigma):                                                    # scaled back to the data's own range
         seen.append(x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data)))
 
-    x = heun_sampler(denoise or denoiser, draw(), torch.tensor(labels, device=device), draw=draw,
+    x = heun_sampler(denoise or denoiser, draw(), torch.as_tensor(labels, device=device), draw=draw,
                      watch=watch if frames else None, **options)
     x = torch.stack([*seen, x], dim=1) if frames else x
-    return (from_network(x, facts) if facts["latent"] else to_uint8(x, facts)).cpu()
+    return from_network(x, facts).cpu()
 
-
-# ---- runs and snapshots ----
 
 def choose_device(name=""):
     """The device called `name`, or the best there is: cuda, mps, cpu; each of several processes gets its own GPU."""
@@ -112,11 +112,29 @@ def choose_device(name=""):
         alone = "RANK" not in os.environ
         name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     with reading(f"device: {name[:60]!r} cannot be used"):
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        if device.type not in ("cuda", "mps", "cpu"):
+        if name.split(":")[0] not in ("cuda", "mps", "cpu"):
             raise ValueError("choose cuda, mps or cpu")
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.empty(0, device=device)
+    torch.backends.cudnn.allow_tf32 = False                                 # float32 is float32, also in convolutions
     return device
+
+
+def use_bfloat16(precision, device):
+    """Whether the network runs in bfloat16: for "auto" on GPUs that have it. Warns where it would only be emulated."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    if precision == "bfloat16" and able and not any(has for name, has in able.items() if "bf16" in name):
+        print("warning: this CPU has no bfloat16, and emulating it is very slow", file=sys.stderr)
+    return precision == "bfloat16"
+
+
+def check_compiler(device):
+    """Raises UserError if torch.compile lacks what it needs on this device."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"compile: needs a C++ compiler; install {compiler}, or leave it out")
 
 
 def newest_run(folder="out"):
@@ -152,8 +170,10 @@ def load_denoiser(path, device, std=None):
         denoiser.load_state_dict(snapshot["weights"])
         fits = from_network(torch.zeros(1, config.channels, 1, 1), facts).shape == (1, config.channels, 1, 1)
         finite = np.isfinite(facts["mean"] + facts["std"]).all() and min(facts["std"]) > 0
-        if not (fits and finite and type(facts["latent"]) is bool):
-            raise ValueError("its data statistics do not fit, or are not finite")
+        if not config.num_classes:                                          # of an unconditional run on labelled images
+            facts |= {"classes": [], "counts": [sum(facts["counts"])]}
+        if not (fits and finite and len(facts["classes"]) == config.num_classes and min(facts["counts"]) > 0):
+            raise ValueError("what it says of its data does not fit, or is not finite")
     return denoiser.to(device).eval(), facts
 
 
@@ -184,8 +204,6 @@ def check_guidance(config, facts, guidance, guide=None, guide_facts=None):
     elif guidance != 1 and not (config.num_classes and config.label_dropout):
         raise UserError("--guidance: the run has no labels, or never saw a null label; name a weaker one with --guide")
 
-
-# ---- several processes ----
 
 def join_processes():
     """The rank of this process and their number; under torchrun they are connected, and the first prints results."""
@@ -230,28 +248,23 @@ def together(processes):
         raise UserError(refusal if os.environ.get("LOCAL_RANK", "0") == "0" else "")
 
 
-def gather(mine, total, rank, processes):
-    """Put together what all processes made: process r has numbers r, r + processes, ... of `total` images."""
-    if processes == 1:
-        return mine
-    share = -(-total // processes)
-    padded = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(processes)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+def gather(mine, processes):
+    """Put together the images that all processes made, of which process r has numbers r, r + processes, ..."""
+    parts = [torch.empty_like(mine) for _ in range(processes)]
+    if processes > 1:
+        dist.all_gather(parts, mine)
+    return torch.stack(parts, dim=1).flatten(0, 1) if processes > 1 else mine
 
 
-# ---- output ----
-
-def save_picture(image, path):
-    """Write one image (1 or 3, H, W), uint8, as a PNG."""
+def save_picture(picture, path):
+    """Write a Pillow image as a PNG."""
     with atomic_file(path) as file:
-        to_picture(image).save(file, format="PNG")
+        picture.save(file, format="PNG")
 
 
-def save_animation(frames, columns, path):
+def save_animation(frames, columns, names, path):
     """Write images in the making (N, frames, C, S, S), uint8, as an animated GIF of their grid; the last stays."""
-    first, *rest = [to_picture(make_grid(images, columns)) for images in frames.unbind(1)]
+    first, *rest = [make_grid(images, columns, names) for images in frames.unbind(1)]
     with atomic_file(path) as file:
         first.save(file, format="GIF", save_all=True, append_images=rest, duration=[100] * len(rest) + [2000], loop=0)
 
@@ -269,13 +282,23 @@ def npz_writer(path, name, dtype, shape, labels):
             np.lib.format.write_array(entry, labels)
 
 
+def find_label(name, classes):
+    """The label of a class, given by its name or, where names are not numbers themselves, by its number. UserError."""
+    if name in classes:
+        return classes.index(name)
+    if not name.isdecimal() or int(name) >= len(classes) or any(other.isdecimal() for other in classes):
+        raise UserError(f"--labels: {name[:60]!r} is none of the {len(classes)} classes {', '.join(classes[:20])}")
+    return int(name)
+
+
 def make_parser():
     parser = Parser(__doc__)
     add, level, std = parser.add_argument, number(float, 0, 1e6), number(float, 0.001, 0.288)
     add("run", nargs="?", help="run directory or snapshot file (default: the run under out/ with the newest snapshot)")
     add("--ema", type=std, metavar="STD", help="EMA width (default: the widest in training)")
-    add("--labels", type=number(int, 0, 10**6), nargs="+", help="classes to draw (default: all, a grid: the first 16)")
+    add("--labels", nargs="+", help="classes to draw, by name or number (default: all, for a grid the first 16)")
     add("--columns", type=number(int, 1, 10**8), default=10, help="images of each class (default: 10)")
+    add("--count", type=number(int, 1, 10**8), help="instead: so many images, with classes as often as in the data")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the first image, then seed + 1 (default: 0)")
     add("--batch", type=number(int, 1, 65536), default=256, help="images drawn at once (default: 256)")
     add("--steps", type=number(int, 2, 10000), default=32, help="sampler steps (default: 32)")
@@ -289,6 +312,8 @@ def make_parser():
     add("--out", type=Path, help="FILE.png: a grid; FILE.npz: arr_0 and labels; no suffix: a directory for PNGs named "
                                  "by seed (default: grid.png in the run directory)")
     add("--gif", action="store_true", help="also write the grid as an animation of the denoising")
+    add("--precision", choices=PRECISIONS, default="auto", help="(default: bfloat16 on GPUs that have it)")
+    add("--compile", action="store_true", help="compile the network: worth it for many images")
     add("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     return parser
 
@@ -303,15 +328,21 @@ def main():
         if weaker:
             guide, guide_facts = load_denoiser(args.guide or run, device, args.guide_ema)
         check_guidance(config, facts, args.guidance, guide, guide_facts)
+        for network in filter(None, (denoiser, guide)):
+            network.bfloat16 = use_bfloat16(args.precision, device)
+            if args.compile:
+                check_compiler(device)
+                network.net.compile()
         homes = [path for path in (run, *run.parents) if path.is_dir() and path.name not in ("ema", "posthoc")]
         out = args.out or homes[0] / "grid.png"
         grid, npz, folder = (out.suffix == suffix for suffix in (".png", ".npz", ""))
-        rows = args.labels or range(max(config.num_classes, 1))[:16 if grid else None]
-        total = len(rows) * args.columns
+        rows = np.array([find_label(name, facts["classes"]) for name in args.labels or []]
+                        or range(max(config.num_classes, 1))[:16 if grid else None])
+        total = args.count or len(rows) * args.columns
         cells = total * (args.steps + 1 if args.gif else 1) * max(config.image_size, 64) ** 2
         for wrong, text in (
                 (weaker and args.guidance == 1, "--guide: does nothing without --guidance"),
-                (args.labels and max(rows) >= config.num_classes, f"--labels: the run has {config.num_classes}"),
+                (args.labels and args.count, "--labels: does not go with --count"),
                 (not (grid or npz or folder), f"--out: {out} must end in .png or .npz, or have no suffix: a directory"),
                 (args.gif and (not grid or facts["latent"]), "--gif: goes with a grid of pixels"),
                 (args.guidance_interval[0] >= args.guidance_interval[1], "--guidance-interval: LO must be below HI"),
@@ -325,33 +356,36 @@ def main():
         decode = (lambda images: images) if npz else load_decoder(facts, device)
         (out if folder else out.parent).mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
 
+    def labels(numbers):
+        return deal_labels(facts["counts"], numbers) if args.count else rows[np.asarray(numbers) // args.columns]
+
     images, C, S = [], config.channels, config.image_size
     if npz and rank == 0:
         array = ("latents", np.float32, (total, C, S, S)) if facts["latent"] else ("arr_0", np.uint8, (total, S, S, C))
-        writer = npz_writer(out, *array, np.repeat(rows, args.columns))
+        writer = npz_writer(out, *array, labels(range(total)))
     else:
         writer = nullcontext(images.append)
     step, denoise = args.batch * processes, guided(denoiser, args.guidance, guide, args.guidance_interval)
     with writer as keep:
         for start in progress(range(0, total, step), "images", total, lambda start: min(step, total - start)):
-            end = min(start + step, total)
-            mine = range(start + rank, end, processes)
-            numbers = mine or [start]                                       # any image, to give `gather` its shape
-            labels, seeds = [rows[i // args.columns] for i in numbers], [args.seed + i for i in numbers]
-            made = decode(sample(denoiser, facts, labels, seeds, args.gif, denoise, steps=args.steps, churn=args.churn,
-                                 churn_interval=args.churn_interval, churn_noise=args.churn_noise))
+            end, share = min(start + step, total), min(args.batch, -(-(total - start) // processes))
+            mine = [min(start + rank + i * processes, end - 1) for i in range(share)]       # equal shares: some twice
+            made = decode(sample(denoiser, facts, labels(mine), [args.seed + i for i in mine], args.gif, denoise,
+                                 steps=args.steps, churn=args.churn, churn_interval=args.churn_interval,
+                                 churn_noise=args.churn_noise))
             if folder:
                 for i, image in zip(mine, made):
-                    save_picture(image, out / f"{args.seed + i:06d}.png")
+                    save_picture(to_picture(image), out / f"{args.seed + i:06d}.png")
                 continue
-            made = gather(made[:len(mine)], end - start, rank, processes)
+            made = gather(made, processes)[:end - start]
             if rank == 0:
                 keep(made.permute(0, 2, 3, 1) if npz and not facts["latent"] else made)
     if images:
         images = torch.cat(images)
-        save_picture(make_grid(images[:, -1] if args.gif else images, args.columns), out)
+        names = [facts["classes"][row] for row in rows] if facts["classes"] and not args.count else ()
+        save_picture(make_grid(images[:, -1] if args.gif else images, args.columns, names), out)
         if args.gif:
-            save_animation(images, args.columns, out.with_suffix(".gif"))
+            save_animation(images, args.columns, names, out.with_suffix(".gif"))
     print(out)
     leave_processes(processes)
 

@@ -26,19 +26,19 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Parser, UserError, batch_indices, load_dataset, make_grid, reading, regular, run_main, to_network
+from data import (Parser, UserError, batch_indices, describe, load_dataset, make_grid, reading, regular, run_main,
+                  to_network)
 from ema import PowerEMA, atomic_file, list_snapshots, load_file, save_file, save_snapshot
 from layers import force_weight_normalization
 from model import Denoiser, DiTConfig, check_keys, check_value, config_class, edm2_loss, key, magnitudes
-from sample import choose_device, exchange, join_processes, leave_processes, sample, save_picture, together
+from sample import (PRECISIONS, check_compiler, choose_device, exchange, join_processes, leave_processes, sample,
+                    save_picture, together, use_bfloat16)
 
 try:
     import fcntl
 except ImportError:                                                         # Windows has no such locks
     fcntl = None
 
-
-# ---- configuration ----
 
 @dataclass
 class TrainConfig:
@@ -51,7 +51,10 @@ class TrainConfig:
     seed: int = key(0, "random seed; with the step number it determines all random draws", 0, 2**63 - 1)
     device: str = key("", "cuda, mps or cpu (empty: the best there is)")
     threads: int = key(0, "CPU threads of a process (0: as torch chooses)", 0, 256)
-    compile: bool = key(True, "torch.compile the network, on CUDA only")
+    precision: str = key("auto", "of the network: float32, bfloat16 or auto, which is bfloat16 on GPUs that have it",
+                         choices=PRECISIONS)
+    compile: str = key("auto", "torch.compile the network: true, false or auto, which is true on CUDA",
+                       choices=("auto", "true", "false"))
     steps: int = key(1200, "optimizer steps", 1, 10**9)
     batch: int = key(64, "images a step, over all processes and micro-batches", 1, 10**6)
     micro_batch: int = key(0, "images at once in one process (0: its whole share of the batch)", 0, 10**6)
@@ -61,6 +64,7 @@ class TrainConfig:
     p_mean: float = key(-0.4, "mean of ln(sigma) in training: higher for layout and shape, lower for detail", -20, 20)
     p_std: float = key(1.0, "standard deviation of ln(sigma) in training", 1e-3, 20)
     ema_stds: tuple[float, ...] = key((0.05, 0.10), "relative widths of the averages tracked", 0.001, 0.288)
+    val_every: int = key(500, "steps between values of val_loss, beside the one at the end (0: none)", 0, 10**9)
     log_every: int = key(50, "steps between lines of log.jsonl", 1, 10**9)
     sample_every: int = key(0, "steps between sample grids, beside the one at the end (0: none)", 0, 10**9)
     snapshot_every: int = key(0, "steps between EMA snapshots, beside the one at the end (0: none)", 0, 10**9)
@@ -74,8 +78,8 @@ class TrainConfig:
 
 
 # what may change when a run goes on (else it would be another experiment), and what may differ between processes
-RESUMABLE = {"out", "dataset", "device", "threads", "compile", "steps", "micro_batch", "learning_rate", "warmup_steps",
-             "decay_steps", "log_every", "sample_every", "snapshot_every", "save_every"}
+RESUMABLE = {"out", "dataset", "device", "threads", "precision", "compile", "steps", "micro_batch", "learning_rate",
+             "warmup_steps", "decay_steps", "val_every", "log_every", "sample_every", "snapshot_every", "save_every"}
 LOCAL = ("out", "dataset", "device", "threads")
 
 
@@ -92,43 +96,41 @@ def parse_text(text, kind):
 def load_config(argv):
     """Defaults, then the TOML file of --config, then --key=value. Raises UserError that names the key and the file."""
     first, values = Parser(None), {}
-    first.add_argument("--config")
-    first.add_argument("--variant")
-    chosen, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    if chosen.config:
-        with reading(chosen.config):
-            for name, value in tomllib.loads(regular(chosen.config).read_text(encoding="utf-8-sig")).items():
-                table = isinstance(value, dict)
-                values |= {f"{name}.{key}": item for key, item in value.items()} if table else {name: value}
-    with reading(chosen.config or "--variant"):
-        Model = config_class(values.get("variant", "") if chosen.variant is None else chosen.variant)
+    for name in ("--config", "--variant"):
+        first.add_argument(name)
+    first, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    if first.config:
+        with reading(first.config):
+            values = tomllib.loads(regular(first.config).read_text(encoding="utf-8-sig"))
+            values |= {f"model.{name}": value for name, value in values.pop("model", {}).items()}
+    with reading(first.config or "--variant", ValueError):
+        Model = config_class(values.get("variant", "") if first.variant is None else first.variant)
     keys = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "model"}
     keys |= {f"model.{f.name}": f for f in dataclasses.fields(Model)}
 
-    parser = Parser(__doc__)
+    parser, config = Parser(__doc__), {}
     parser.add_argument("--config", metavar="FILE", help="a TOML file of these keys, those with model. under [model]")
     for name, f in keys.items():
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
         parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{f.metadata['doc']} [{default}]")
-    given, rest = parser.parse_known_args(argv)
-    given = {f"--{name}": text for name, text in vars(given).items() if name != "config"}
-    for name in (*values, *(word.split("=")[0] for word in rest)):
-        if (bare := name.lstrip("-")) not in keys:
-            same = [key for key in keys if key.split(".")[-1] == bare.split(".")[-1]]       # right, in the other table
-            near = (same or difflib.get_close_matches(bare, keys, n=1, cutoff=0))[0]
-            where = f"{chosen.config}: " if name in values else ""
-            raise UserError(f"{where}{name[:60]}: unknown key; did you mean {near!r}?")
-    checked = {}
-    values = {name: value for name, value in values.items() if f"--{name}" not in given}
-    for name, value in (values | given).items():
-        f = keys[name.lstrip("-")]
-        with reading(name if name in given else f"{chosen.config}: {name}"):
-            value = parse_text(value, f.type) if name in given else value
-            checked[name.lstrip("-")] = check_value(value, f.type, *f.metadata["bounds"])
-    with reading("model"):
-        model = Model(**{name[6:]: checked.pop(name) for name in list(checked) if name.startswith("model.")})
-    with reading("configuration"):
-        return TrainConfig(model=model, **checked)
+    given, unknown = parser.parse_known_args(argv)
+    given = {name: parse_text(text, keys[name].type) for name, text in vars(given).items() if name != "config"}
+    unknown = [word.split("=")[0] for word in unknown]
+    for name in (*(values.keys() - keys.keys()), *unknown):
+        where = "" if name in unknown else f"{first.config}: "
+        last = name.lstrip("-").split(".")[-1]
+        near = [key for key in keys if key.split(".")[-1] == last]              # right, in the other table
+        near = near or difflib.get_close_matches(name.lstrip("-"), [*keys, "config", "model"])
+        near = near if name.startswith("--") or where else [f"--config={name}"]
+        hint = f"did you mean {near[0]!r}?" if near else "see --help"
+        raise UserError(f"{where}{name[:300]}: unknown key; {hint}")
+    for where, table in ((f"{first.config}: ", values), ("--", given)):
+        for name, value in table.items():
+            with reading(f"{where}{name}"):
+                config[name] = check_value(value, keys[name].type, *keys[name].metadata["bounds"])
+    with reading("configuration", ValueError):
+        model = Model(**{name[6:]: config.pop(name) for name in list(config) if name.startswith("model.")})
+        return TrainConfig(model=model, **config)
 
 
 def flatten(config):
@@ -143,8 +145,6 @@ def differences(theirs, ours, leave_out=()):
     return "; ".join(f"{name} = {theirs.get(name)!r}, not {value!r}" for name, value in ours.items()
                      if name not in leave_out and theirs.get(name) != value)[:1000]
 
-
-# ---- one step ----
 
 def learning_rate(step, config):
     """Linear warm-up, a plateau at alpha_ref, then 1/sqrt decay [EDM2, Eq. 67]; step counts from 0."""
@@ -167,7 +167,7 @@ def draw_step(config, dataset, step, device):
     draws = {"sigma": torch.randn(config.batch, **options).mul(config.p_std).add(config.p_mean).exp(),
              "drop": torch.rand(config.batch, **options) < config.model.label_dropout,
              "noise": torch.randn(config.batch, *dataset.shape, **options)}
-    if dataset.latent:
+    if dataset.facts["latent"]:
         draws["posterior"] = torch.randn(config.batch, *dataset.shape, **options)
     if config.flip:
         draws["flip"] = torch.rand(config.batch, 1, 1, 1, **options) < 0.5
@@ -188,6 +188,29 @@ def prepare_batch(config, facts, images, labels, draws, part):
     return images, labels, draws["sigma"], draws["noise"]
 
 
+@torch.no_grad()
+def validation_loss(denoiser, config, dataset, rank=0, processes=1):
+    """The EDM-weighted error, without u, on 2,000 pairs of a held-out image and noise, always in float32; ln sigma is
+    stratified over N(-0.4, 1). Why the same pairs for every run, whatever its seed and keys: new images and noise at
+    every step make a training loss too loud to compare two runs by."""
+    device, errors = next(denoiser.parameters()).device, torch.zeros(40, dtype=torch.float64)
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+    bfloat16, denoiser.bfloat16 = denoiser.bfloat16, False
+    for part in range(rank, 40, processes):
+        pairs, generator = np.arange(50 * part, 50 * (part + 1)), torch.Generator().manual_seed(part)
+        share = (order[pairs] + torch.rand(50, generator=generator, dtype=torch.float64)) / 2000
+        draws = {"sigma": (torch.special.ndtri(share) - 0.4).exp().float(), "drop": torch.zeros(50, dtype=torch.bool)}
+        draws |= {name: torch.randn(50, *dataset.shape, generator=generator) for name in ("noise", "posterior")}
+        if not dataset.facts["latent"]:
+            del draws["posterior"]
+        (images, labels), = dataset.feed([pairs * len(dataset) // 2000], device)
+        draws = {name: draw.to(device) for name, draw in draws.items()}
+        batch = prepare_batch(config, dataset.facts, images, labels, draws, slice(None))
+        errors[part] = edm2_loss(denoiser, torch.zeros_like, *batch).cpu()
+    denoiser.bfloat16 = bfloat16
+    return sum(over_processes(errors.tolist(), processes)) / 40
+
+
 def optimizer_step(denoiser, optimizer, rate):
     """One step of Adam at learning rate `rate`, then forced weight normalization. Gradients not finite are 0 [EDM2]."""
     for group in optimizer.param_groups:
@@ -204,8 +227,6 @@ def gradient_norm(module):
     gradients = [p.grad for p in module.parameters() if p.ndim == 2 and p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).item()
 
-
-# ---- the run directory ----
 
 def lock_run(out):
     """Make the run directory and hold its lock while this process lives. Why: two trainings would mix their files."""
@@ -234,7 +255,9 @@ def read_state(config, facts, denoiser, ema, optimizer):
             continue
         with reading(path):
             wrong = differences(state["config"], flatten(config), RESUMABLE)
-            if wrong := wrong or differences(state["data"], facts["hashes"]):
+            other = [name for name, sha in facts["hashes"].items() if state["data"]["hashes"][name] != sha]
+            if wrong or other:
+                wrong = wrong or f"other {' and '.join(other)}: {describe(state['data'])}; not {describe(facts)}"
                 raise ValueError(f"was trained with {wrong}; choose another out")
             if state["step"] > config.steps:
                 raise ValueError(f"already trained for {state['step']} steps; ask for more or choose another out")
@@ -274,6 +297,7 @@ def prepare_run(config, state):
         file.write("".join(lines).encode())
     if changed := differences(state["config"], flatten(config), LOCAL):
         log(out, {"step": step, "changed": changed})
+        print(f"changed since the last training: {changed}", flush=True)
 
 
 def log(out, values):
@@ -288,7 +312,7 @@ def save_state(config, facts, denoiser, ema, optimizer, done, losses):
     """Save all that read_state() needs, and keep the state before it. losses: sum and count since the last log line."""
     path = Path(config.out) / "state.pt"
     save_file(path.with_name("state-next.pt"), {
-        "step": done, "losses": losses, "config": flatten(config), "data": facts["hashes"],
+        "step": done, "losses": losses, "config": flatten(config), "data": facts,
         "weights": denoiser.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
     if path.exists():
         os.replace(path, path.with_name("state-previous.pt"))
@@ -306,15 +330,14 @@ def save_samples(config, facts, average, done):
         with atomic_file(f"{path}.npz") as file:
             np.savez(file, latents=images.numpy(), labels=labels)
     else:
-        save_picture(make_grid(images, 10), f"{path}.png")
+        save_picture(make_grid(images, 10, facts["classes"][:min(config.model.num_classes, 10)]), f"{path}.png")
 
 
-# ---- the loop ----
-
-def build(config, device):
+def build(config, device, bfloat16=False):
     """The denoiser, its averages and its optimizer, at the start of training."""
     torch.manual_seed(config.seed)
     denoiser, groups = Denoiser(config.model).to(device), {}
+    denoiser.bfloat16 = bfloat16
     for p in denoiser.parameters():
         scale = denoiser.net.lr_scale.get(p, 1.0)
         groups.setdefault(scale, {"lr_scale": scale, "params": []})["params"].append(p)
@@ -332,8 +355,8 @@ def catch_signals(processes):
         if processes == 1:
             signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, receive)
-    signal.signal(signal.SIGTERM, receive)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
     return asked
 
 
@@ -351,14 +374,15 @@ def over_processes(values, processes):
 
 
 def show(config, done, loss, rate):
-    """The progress line, `rate` in steps per second: overwrites itself on a terminal, plain lines elsewhere."""
+    """The progress line, `rate` in steps per second: it overwrites itself on a terminal, and is a plain line elsewhere.
+    """
     left = timedelta(seconds=round((config.steps - done) / rate))
     text = f"step {done}/{config.steps}  loss {loss:.4f}  {rate * config.batch:.0f} images/s  {left} left"
     terminal = sys.stdout.isatty()
     print(f"\r\033[K{text}" if terminal else text, end="" if terminal and done < config.steps else "\n", flush=True)
 
 
-def write_due(config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, stop):
+def write_due(config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss, stop):
     """Write what is due after `done` steps: a line of the log, snapshots, samples, a state.
     Why the state last: a run goes on from it, and everything before it must be on disk by then."""
     out, (total, count) = Path(config.out), losses
@@ -370,6 +394,8 @@ def write_due(config, facts, denoiser, ema, optimizer, lock, done, batch, losses
         rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
         log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config),
                   "loss": total / count, "gradient_norm": norm, **rms})
+    if val_loss is not None:
+        log(out, {"step": done, "val_loss": val_loss})
     if due(done, config.snapshot_every, config):
         info = {"variant": config.variant, "model": dataclasses.asdict(config.model), "data": facts}
         for std, average in ema.averages.items():
@@ -391,9 +417,10 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     parts = [slice(start, start + micro) for start in range(rank * share, (rank + 1) * share, micro)]
     batches = dataset.feed((batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part]
                             for step in range(first, config.steps) for part in parts), device)
-    if config.compile and device.type == "cuda":
-        denoiser.net.compile()
     model = DistributedDataParallel(denoiser) if processes > 1 else denoiser
+    compiles = config.compile == "true" or config.compile == "auto" and device.type == "cuda"
+    if compiles:
+        denoiser.net.compile()
     losses = torch.tensor(state["losses"], device=device)                   # sum and count since the last log line
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
 
@@ -417,24 +444,32 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         ema.update(denoiser, done)
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
 
+        if compiles and step == first:                                      # it does not count in images per second
+            if rank == 0:
+                print(f"the first step, which compiles the network, took {time.monotonic() - clock:.0f} s", flush=True)
+            clock, shown = time.monotonic(), done
+
         # what is due: agree on it, check the loss, write
         stop = over_processes([len(asked)], processes)[0] > 0
-        logs = due(done, config.log_every, config)
-        others = (config.save_every, config.sample_every, config.snapshot_every)
+        logs, now = due(done, config.log_every, config), time.monotonic()
+        if rank == 0 and done > shown and (logs or now - clock > 10):
+            show(config, done, (losses[0] / losses[1]).item(), (done - shown) / (now - clock))
+            clock, shown = now, done
+        others = (config.save_every, config.sample_every, config.snapshot_every, config.val_every)
         if not (stop or logs or any(due(done, every, config) for every in others)):
             continue
         total, count, latest = over_processes([*losses.tolist(), loss_step.item()], processes)
         if not math.isfinite(latest):
             raise UserError("" if rank else f"the loss of step {done} is not finite; the last saved state is good, go "
                             "on from it with a lower learning rate")
+        val_loss = None
+        if dataset.holdout and due(done, config.val_every, config):
+            val_loss = validation_loss(narrowest, config, dataset.holdout, rank, processes)
         if rank == 0:
             write_due(config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
-                      [total / processes, count / processes], norm, stop)
+                      [total / processes, count / processes], norm, val_loss, stop)
         if logs:
             losses.zero_()
-            if rank == 0:
-                show(config, done, total / count, (done - shown) / (time.monotonic() - clock))
-            clock, shown = time.monotonic(), done
         if stop and done < config.steps:
             if rank == 0:
                 print(f"stopped after step {done}, saved; the same command goes on", file=sys.stderr)
@@ -449,17 +484,18 @@ def main():
         if config.batch % processes or (config.micro_batch and share % config.micro_batch):
             raise UserError(f"batch: {config.batch} must split evenly over {processes} processes, then by micro_batch")
         dataset, device = load_dataset(config.dataset), choose_device(config.device)
-        if dataset.latent and config.flip:
+        if dataset.facts["latent"] and config.flip:
             raise UserError("flip: a mirrored latent is not the latent of the mirrored image; leave it out")
-        with reading("model"):
-            config.model = config.model.for_data(dataset.shape[1], dataset.shape[0], len(dataset.about["classes"]))
+        with reading("model", ValueError):
+            config.model = config.model.for_data(dataset.shape[1], dataset.shape[0], len(dataset.facts["classes"]))
         if config.threads:
             torch.set_num_threads(config.threads)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")
+        if config.compile == "true":
+            check_compiler(device)
         lock = lock_run(out) if rank == 0 else None
-        model = build(config, device)
+        model = build(config, device, use_bfloat16(config.precision, device))
         state = read_state(config, dataset.facts, *model)
     with together(processes):                                               # all go on from the same, or none does
         ours = flatten(config) | dataset.facts["hashes"] | {"step": state["step"], "state": state["sha256"]}
@@ -471,7 +507,8 @@ def main():
             prepare_run(config, state)
     if rank == 0:
         print(f"{sum(p.numel() for p in model[0].parameters()):,} parameters, {len(dataset):,} images, "
-              f"{device.type} x {processes}, steps {state['step']} to {config.steps}", flush=True)
+              f"{device.type} x {processes}, steps {state['step']} to {config.steps}"
+              f"{'' if dataset.holdout else '; no val_loss, since no image is held out'}", flush=True)
     train(config, dataset, device, *model, state, lock, rank, processes)
     if rank == 0:
         print(out)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch.distributed as dist
@@ -59,6 +60,15 @@ def work(files, environment, setup, words):
     os.chdir(ROOT)
     setup()
     run_script(words)
+
+
+def make_set(folder, images, labels, classes, held_out=None):
+    """Write images (N, C, S, S) and labels (N,) as a set made ready. Returns the option for it."""
+    from data import Source, write_set
+    folder.mkdir()
+    made = {"source": "a test", "size": None, "holdout": 0.1, "skip_broken": False}
+    write_set(folder, Source(images, labels, classes, held_out, []), made, Counter())
+    return f"--dataset={folder}"
 
 
 class Job:

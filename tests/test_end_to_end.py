@@ -5,13 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from functools import partialmethod
 
 import numpy as np
 import pytest
+import scipy.linalg
+import torch
+from PIL import Image
 
 import train
-from conftest import ROOT, Job, call
-from data import write_set
+from conftest import ROOT, Job, call, make_set
+from data import load_dataset
 from ema import load_file
 
 TINY = [f"--config={ROOT}/configs/digits.toml", "--device=cpu", "--model.depth=2", "--model.width=32",
@@ -57,8 +61,10 @@ def test_training_writes_all_it_promises(trained):
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
         "config.toml", "ema/0000004-0.050.pt", "ema/0000004-0.100.pt", "ema/0000008-0.050.pt", "ema/0000008-0.100.pt",
         "lock", "log.jsonl", "samples/0000004.png", "samples/0000008.png", "state.pt"]
-    assert [line["step"] for line in log(folder)] == list(range(1, 9)) and "step 8/8  loss " in printed
-    for line in log(folder):
+    *lines, last = log(folder)
+    assert [line["step"] for line in lines] == list(range(1, 9)) and "step 8/8  loss " in printed
+    assert list(last) == ["step", "val_loss"] and last["step"] == 8 and 0.5 < last["val_loss"] < 2
+    for line in lines:
         assert list(line) == ["step", "images", "learning_rate", "loss", "gradient_norm", "token_rms_first",
                               "token_rms_middle", "token_rms_last", "weight_rms"]
         assert line["weight_rms"] == pytest.approx(1, abs=1e-3) and 0.5 < line["token_rms_last"] < 2
@@ -68,27 +74,29 @@ def test_training_writes_all_it_promises(trained):
 
 
 def test_two_processes_follow_the_same_loss_curve_as_one(trained, tmp_path):
-    run(*trained[1], f"--out={tmp_path}", "--micro_batch=4", "--sample_every=0", processes=2)
-    assert same_losses(tmp_path, trained[0])
+    run(*trained[1], f"--out={tmp_path}", "--micro_batch=4", "--sample_every=0", "--val_every=2", processes=2)
+    assert same_losses(tmp_path, trained[0]) and len(log(tmp_path)) == 8 + 4
+    assert log(tmp_path)[-1]["val_loss"] == pytest.approx(log(trained[0])[-1]["val_loss"], rel=1e-5)
 
 
 def freeze_input():
-    """Have training freeze its input layer, and compile if there are several processes."""
+    """Have training freeze its input layer, and compile with the quickest backend, which needs no C++ compiler."""
     def patched(*words):
         denoiser, *others = build(*words)
         denoiser.net.input.requires_grad_(False)
-        if "RANK" in os.environ:
-            denoiser.net.compile(backend="aot_eager")
         return denoiser, *others
 
-    build, train.build = train.build, patched
+    build, train.build, train.check_compiler = train.build, patched, print
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
 
 
 def test_with_a_frozen_input_layer_and_compiled_two_processes_follow_one_that_is_not_compiled(tmp_path):
     options = [*TINY, "--model.depth=1", "--model.modulation=gate", "--steps=3", "--snapshot_every=1"]
-    for processes in (1, 2):
-        command = ["train.py", *options, f"--out={tmp_path / str(processes)}"]
-        assert Job(*[command] * processes, setup=freeze_input).finish(120).returncode == [0] * processes
+    for processes, compiled in ((1, "false"), (2, "true")):
+        command = ["train.py", *options, f"--out={tmp_path / str(processes)}", f"--compile={compiled}"]
+        result = Job(*[command] * processes, setup=freeze_input).finish(120)
+        assert result.returncode == [0] * processes, result.stderr
+        assert ("the first step, which compiles the network, took" in result.stdout) == (compiled == "true")
     assert same_losses(tmp_path / "2", tmp_path / "1", rel=1e-5)
     first, last = (load_file(tmp_path / "2" / "ema" / f"000000{step}-0.050.pt")["weights"] for step in (1, 3))
     moved = {name for name in first if (first[name] - last[name]).abs().max() > 0.001}
@@ -98,13 +106,12 @@ def test_with_a_frozen_input_layer_and_compiled_two_processes_follow_one_that_is
 def test_plain_networks_train_on_latents_alike_on_two_processes_and_sample_to_npz(tmp_path):
     latents = np.random.default_rng(0).normal(3, 2, (40, 8, 8, 8)).astype(np.float32)
     latents[:, 4:] = 1                                                      # standard deviations
-    (tmp_path / "latents").mkdir()
-    write_set(tmp_path / "latents", latents, np.arange(40) % 2, ["a", "b"], None, {"source": "a test"})
     options = ["--steps=4", "--micro_batch=4", "--model.block=plain", "--learning_rate=0.001"]
-    command = ["train.py", *TINY, *options, f"--dataset={tmp_path / 'latents'}"]
+    dataset = make_set(tmp_path / "latents", latents, np.arange(40) % 2, ["a", "b"])
+    command = ["train.py", *TINY, *options, dataset]
     done(*command, f"--out={tmp_path / 'one'}")
     assert Job(*[[*command, f"--out={tmp_path / 'two'}"]] * 2).finish().returncode == [0, 0]
-    assert same_losses(tmp_path / "two", tmp_path / "one")
+    assert same_losses(tmp_path / "two", tmp_path / "one") and log(tmp_path / "one")[-1]["val_loss"] > 0
     done("sample.py", tmp_path / "one", "--columns=2", "--steps=2", f"--out={tmp_path / 'a.npz'}")
     for path, count in ((tmp_path / "a.npz", 4), (tmp_path / "one" / "samples" / "0000004.npz", 20)):
         assert np.load(path)["latents"].shape == (count, 4, 8, 8)
@@ -121,6 +128,25 @@ def test_two_processes_draw_and_measure_the_same_images_as_one(trained, tmp_path
                 np.testing.assert_allclose(two[name].astype(float), one[name].astype(float), rtol=0, atol=atol)
 
 
+def test_the_distance_of_a_run_to_its_data_is_that_of_its_samples_and_the_data_prepared_alike(trained, tmp_path):
+    options = ["--count=200", "--guidance=1.5", "--seed=3", "--ema=0.05"]
+    done("sample.py", trained[0], *options, f"--out={tmp_path / 'a.npz'}")
+    images, digits = np.load(tmp_path / "a.npz")["arr_0"], load_dataset("digits")
+    x, y = (array.reshape(len(array), 64) / 127.5 - 1 for array in (images, digits.images))
+    root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    result = done("fid.py", "compare", trained[0], "digits", "--features=pixels", *options)
+    assert float(result.stdout) == pytest.approx(expected, rel=1e-3)
+    assert "digits: 1,697 images, 8x8, grey, as the run's data" in result.stderr
+    (tmp_path / "wide").mkdir()
+    for i, image in enumerate(digits.images[:60, 0]):                       # in colour, and with more at both sides
+        Image.fromarray(np.dstack([np.pad(image, ((0, 0), (3, 3)))] * 3)).save(tmp_path / "wide" / f"{i:02d}.png")
+    np.savez(tmp_path / "same.npz", digits.images[:60, 0])
+    wide, same = (done("fid.py", "compare", source, trained[0], "--features=pixels", "--count=60").stdout
+                  for source in (tmp_path / "wide", tmp_path / "same.npz"))
+    assert wide == same
+
+
 def test_a_sweep_prints_its_table_and_draws_it(trained, tmp_path):
     options = ["--features=pixels", "--count=30", f"--plot={tmp_path / 'sweep.svg'}"]
     first, second, *_ = done("fid.py", "sweep", trained[0], "--std", "0.1", "0.05", *options).stdout.splitlines()
@@ -133,4 +159,4 @@ def test_a_sweep_prints_its_table_and_draws_it(trained, tmp_path):
 def test_a_reader_who_closes_the_pipe_sees_no_traceback(command):
     command = f"unset PYTHONUNBUFFERED; {sys.executable} {command} | true; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1 and re.fullmatch(r"(digits, images.*\n)*\w+.py: .*Broken pipe\n", result.stderr)
+    assert result.returncode == 1 and re.fullmatch(r"(digits.*\n)*\w+.py: .*Broken pipe\n", result.stderr)

@@ -141,7 +141,7 @@ def folder(tmp_path, monkeypatch):
     for i, image in enumerate(PIXELS):
         Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
     np.savez(tmp_path / "samples.npz", arr_0=PIXELS[..., None])
-    assert call("data.py", "samples.npz", "--name=ready").returncode == 0
+    assert call("data.py", "samples.npz", "--name=ready", "--holdout=0").returncode == 0
     return tmp_path
 
 

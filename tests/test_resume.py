@@ -9,11 +9,13 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
+import torch
 
 import train
-from conftest import ROOT, Job, call
-from data import load_dataset, write_set
+from conftest import ROOT, Job, call, make_set
+from data import load_dataset
 from ema import digest, load_file
 from test_end_to_end import TINY, done, log, same_losses
 
@@ -89,6 +91,17 @@ def test_a_signal_to_one_ends_all_after_their_step_and_one_process_goes_on(whole
     assert same_losses(tmp_path, whole)
 
 
+def test_in_bfloat16_a_run_goes_on_bit_for_bit_and_another_precision_is_noted(tmp_path):
+    for folder, steps in ((tmp_path / "whole", 4), (tmp_path / "parts", 2), (tmp_path / "parts", 4)):
+        result = done(*words(folder, steps, "--precision=bfloat16", "--batch=4", "--val_every=0"))
+        assert ("emulating it is very slow" in result.stderr) == (not any(
+            has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name))
+    whole, parts = (load_file(tmp_path / name / "state.pt") for name in ("whole", "parts"))
+    assert all(digest(whole[name]) == digest(parts[name]) for name in ("weights", "ema", "optimizer"))
+    done(*words(tmp_path / "parts", 5, "--batch=4", "--precision=float32"))
+    assert "precision = 'bfloat16', not 'float32'" in log(tmp_path / "parts")[-3]["changed"]
+
+
 def test_a_second_signal_ends_a_step_that_takes_long(tmp_path):
     job = Job(words(tmp_path, 40, "--batch=200000"))
     while "parameters" not in job.out.read():
@@ -159,32 +172,36 @@ def test_a_damaged_state_is_put_aside_and_the_one_before_it_taken(whole, copy):
     assert_refused(call(*words(copy, 40)), "has snapshots up to step 40, but no state to go on from")
 
 
-def other_labels(folder):
-    """The digits as another set, with their labels in reverse. Returns the option for it."""
-    folder.mkdir()
-    digits = load_dataset("digits")
-    write_set(folder, digits.images, 9 - digits.labels, digits.about["classes"], None, {"source": "a test"})
-    return f"--dataset={folder}"
-
-
 def test_another_experiment_is_refused_and_a_change_that_may_be_is_noted(whole, copy, tmp_path):
     assert_refused(call(*words(copy, 50, "--model.width=64", "--seed=3")), "seed = 0, not 3", "width = 32, not 64")
-    assert_refused(call(*words(copy, 50, other_labels(tmp_path / "other"))), "labels", "choose another out")
+    digits = load_dataset("digits")
+    images, labels = (np.concatenate([getattr(part, name) for part in (digits, digits.holdout)])
+                      for name in ("images", "labels"))
+    classes, held_out, end = digits.facts["classes"], np.arange(1797) >= 1697, "9 171; not 1,697 images, 10 classes: "
+    for other, said in (((images, 9 - labels, classes), f"labels: 1,697 images, .* 0 167, .*{end}0 171, 1 168"),
+                        ((images, labels, [*classes[:-1], "nine"]), f"classes: .*{end}.*nine 171;"),
+                        ((255 - images, labels, classes), f"images: .*{end}.* 9 171;")):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        result = call(*words(copy, 50, make_set(tmp_path / "other", *other, held_out)))
+        assert_refused(result, "choose another out")
+        assert re.search(f"was trained with other {said}", result.stderr), result.stderr
     assert_refused(call(*words(copy, 39)), "already trained for 40 steps")
     done(*words(copy, 40))
     assert same_run(copy, whole)                                            # the same again changes nothing
     moved = shutil.copytree(ROOT / "datasets" / "digits", tmp_path / "moved")
     done(*words(copy, 45, "--learning_rate=0.001", f"--dataset={moved}"))
-    *before, changed, last = log(copy)
-    assert before == log(whole) and last["step"] == 45 and last["learning_rate"] < before[-1]["learning_rate"] / 10
+    *before, changed, last, val_loss = log(copy)
+    assert before == log(whole) and last["step"] == val_loss["step"] == 45
+    assert last["learning_rate"] < before[-2]["learning_rate"] / 10
     assert changed["step"] == 40 and all(text in str(changed) for text in ("learning_rate", "0.03", "0.001", "steps"))
 
 
 def test_processes_that_disagree_all_end_in_one_line_within_seconds(copy, tmp_path):
     damaged = shutil.copytree(ROOT / "datasets" / "digits", tmp_path / "damaged")
     (damaged / "images.npy").write_bytes(b"")
+    other = make_set(tmp_path / "other", np.array(load_dataset("digits").images), np.arange(1697) % 10, ["a"] * 10)
     for folder, other, said in ((tmp_path / "new", "--seed=1", "process 1 has seed = 1, not 0"),
-                                (tmp_path / "new", other_labels(tmp_path / "other"), "process 1 has labels = "),
+                                (tmp_path / "new", other, "process 1 has images = "),
                                 (copy, f"--out={tmp_path / 'empty'}", "process 1 has step = 0, not 40"),
                                 (copy, f"--dataset={damaged}", str(damaged)), (copy, "--stps=3", "unknown key")):
         assert_refused(Job(words(folder, 41), words(folder, 41, other)).finish(10), said)

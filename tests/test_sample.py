@@ -10,7 +10,8 @@ from conftest import call
 from data import UserError, make_grid
 from ema import load_file, reconstruct, save_file, save_snapshot
 from model import Denoiser, DiTConfig
-from sample import check_guidance, gather, guided, heun_sampler, load_denoiser, newest_run, sample, seeded_noise
+from sample import (check_guidance, deal_labels, find_label, guided, heun_sampler, load_denoiser, newest_run, sample,
+                    seeded_noise)
 
 
 def test_heun_solves_the_ode_of_gaussian_data_to_second_order_with_2n_minus_1_calls():
@@ -65,11 +66,11 @@ def make_denoiser(seed):
 
 
 MAIN, GUIDE, CPU = make_denoiser(0), make_denoiser(1), torch.device("cpu")
-FACTS = {"mean": [100.0], "std": [60.0], "latent": False}
+FACTS = {"mean": [100.0], "std": [60.0], "latent": False, "classes": ["ant", "bee", "7"], "counts": [5, 2, 3]}
 
 
 def test_guidance_extrapolates_inside_its_interval_and_is_nothing_at_1():
-    for count, sigma in ((5, 0.1), (5, 1.0), (5, 9.0), (33, 1.0)):          # 5: one call for both, 33: two
+    for count, sigma in ((5, 0.1), (5, 1.0), (5, 9.0)):
         x, labels, null = torch.randn(count, 1, 4, 4), torch.arange(count) % 3, torch.full((count,), 3)
         strong, free, weak = MAIN(x, sigma, labels), MAIN(x, sigma, null), GUIDE(x, sigma, labels)
         inside = 3 * strong - 2 * weak if sigma == 1.0 else strong          # lo < sigma <= hi
@@ -136,7 +137,8 @@ def test_what_is_no_run_or_snapshot_of_a_denoiser_is_one_line_that_names_it(tmp_
     whole = {name: value for name, value in load_file(path).items() if name != "sha256"}
     weights = {name: weight for name, weight in whole["weights"].items() if not name.endswith("up.weight")}
     infos = ({"model": {}}, {"model": config | {"width": 10**4}}, {"model": config | {"depth": "x"}}, {"variant": "os"},
-             {"model": config | {"new": 1}}, {"data": {}}, {"data": FACTS | {"std": [float("nan")]}})
+             {"model": config | {"new": 1}}, {"data": {}}, {"data": FACTS | {"std": [float("nan")]}},
+             {"data": FACTS | {"classes": ["ant"]}})
     for change in ({"weights": weights}, *({"info": whole["info"] | info} for info in infos)):
         save_file(path, whole | change)
         with pytest.raises(UserError, match=f"^[^\n]*{path.name}[^\n]*$"):
@@ -145,28 +147,38 @@ def test_what_is_no_run_or_snapshot_of_a_denoiser_is_one_line_that_names_it(tmp_
         load_denoiser(path, CPU, 0.05)
 
 
-def test_what_processes_made_in_uneven_shares_is_put_back_in_order(monkeypatch):
-    images = torch.arange(7)[:, None]
-    padded = [torch.cat([images[rank::3], images[:1]])[:3] for rank in range(3)]
-    monkeypatch.setattr("sample.dist.all_gather", lambda parts, mine: [p.copy_(s) for p, s in zip(parts, padded)])
-    assert all(torch.equal(gather(images[rank::3], 7, rank, 3), images) for rank in range(3))
+def test_labels_are_dealt_as_often_as_they_occur_in_the_data_in_any_stretch_of_numbers():
+    for counts in ([5, 2, 3], [1] * 10, [60, 1]):
+        for numbers in (range(1000), range(500, 1000)):
+            dealt = np.bincount(deal_labels(counts, numbers), minlength=len(counts))
+            np.testing.assert_allclose(dealt, np.array(counts) / sum(counts) * len(numbers), atol=2.5)
+    assert deal_labels([9], [3, 4]).tolist() == [0, 0]
+    assert [find_label(name, ["1", "0", "ant"]) for name in ("1", "0", "ant")] == [0, 1, 2]
+    assert [find_label(name, ["ant", "bee"]) for name in ("0", "1", "bee")] == [0, 1, 1]
 
 
-def test_every_option_of_the_command_reaches_the_sampler(tmp_path):
+def test_every_option_of_the_command_reaches_the_sampler(tmp_path, monkeypatch):
     def draw(words):
         options = ["--steps=4", "--columns=2", f"--out={tmp_path / 'a.npz'}", *words.split()]
         assert call("sample.py", tmp_path, *options).returncode == 0
         with np.load(tmp_path / "a.npz") as file:
             return file["arr_0"].tobytes(), tuple(file["labels"])
 
+    compiled, compile_module = [], torch.nn.Module.compile                  # with the quickest backend
+    monkeypatch.setattr("sample.check_compiler", print)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: (
+        compiled.append(module), compile_module(module, backend="aot_eager")))
     save_run(tmp_path, MAIN, 0.05, 20), save_run(tmp_path, GUIDE, 0.1, 20), save_run(tmp_path / "other", MAIN)
     plain, *others = [draw(words) for words in (
         "", "--guidance=3", "--guidance=3 --guide-ema=0.05", f"--guidance=2 --guide={tmp_path / 'other'}", "--seed=3",
         "--guidance=3 --guidance-interval 0.3 9", "--churn=3", "--churn=3 --churn-interval 0.1 60", "--ema=0.05",
-        "--churn=3 --churn-noise=1.5", "--ema=0.07", "--labels 2 1 0", "--labels 0", "--columns=3", "--steps=5")]
+        "--churn=3 --churn-noise=1.5", "--ema=0.07", "--count=6", "--labels 7 bee ant", "--labels ant", "--columns=3",
+        "--steps=5")]
     assert plain not in others and len(set(others)) == len(others) and plain[1] == (0, 0, 1, 1, 2, 2)
-    for words in ("--guidance=1 --churn=0 --ema=0.1 --labels 0 1 2 --seed=0", f"--guidance=3 --guide={tmp_path}"):
+    for words in ("--guidance=1 --churn=0 --ema=0.1 --labels ant bee 7 --seed=0", f"--guidance=3 --guide={tmp_path}",
+                  "--compile --precision=float32"):
         assert draw(words) == plain                                         # the defaults; guided by itself
+    assert len(compiled) == 1
     batches = np.frombuffer(draw("--batch=4")[0], np.uint8)                 # written one after the other
     assert np.abs(batches.astype(int) - np.frombuffer(plain[0], np.uint8)).max() <= 1
 
@@ -176,11 +188,16 @@ def test_a_grid_an_animation_and_numbered_pictures_are_of_the_same_images(tmp_pa
     for words, out in (("--gif", grid), (f"--out={numbered}", numbered)):
         assert call("sample.py", run, "--steps=3", "--columns=2", "--seed=5", words).stdout.strip() == str(out)
     pictures = [np.array(Image.open(numbered / f"{seed:06d}.png")) for seed in range(5, 11)]
-    expected, movie = make_grid(torch.tensor(np.stack(pictures))[:, None], 2)[0], Image.open(grid.with_suffix(".gif"))
+    images, movie = torch.tensor(np.stack(pictures))[:, None], Image.open(grid.with_suffix(".gif"))
+    expected, plain = (np.asarray(make_grid(images, 2, names)) for names in (FACTS["classes"], ()))
     assert np.array_equal(Image.open(grid), expected) and movie.n_frames == 4 and movie.info["loop"] == 0
-    assert np.array_equal(expected[2 + 66:, 2 + 66:][:64:16, :64:16], pictures[3])          # row 1, column 1
+    assert np.array_equal(plain[2 + 66:, 2 + 66:][:64:16, :64:16], pictures[3])             # row 1, column 1
+    margin = expected.shape[1] - plain.shape[1]                             # names stand at the left of their rows
+    assert np.array_equal(expected[:, margin:], plain)
+    assert all((expected[top:top + 66, :margin] > 200).any() for top in (0, 66, 132))
     movie.seek(3)
     np.testing.assert_allclose(np.asarray(movie.convert("L")), expected, atol=2)
-    for words in (f"--out={numbered}", "--columns=10000", "--out=a.jpg", "--labels 0 3", "--gif --out=a.npz"):
+    for words in (f"--out={numbered}", "--columns=10000", "--out=a.jpg", "--labels ant 3", "--labels 1",
+                  "--gif --out=a.npz"):
         result = call("sample.py", run, *words.split())
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and words[:5] in result.stderr, words

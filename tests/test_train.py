@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import ROOT, call
-from data import Dataset, batch_indices, from_network, load_dataset
+from data import Dataset, batch_indices, from_network, load_dataset, to_network
 from model import DiTConfig, edm2_loss
 from test_end_to_end import TINY, done, log
 from train import (TrainConfig, build, draw_step, flatten, learning_rate, load_config, optimizer_step, prepare_batch,
-                   random_numbers)
+                   random_numbers, validation_loss)
 
 CPU, DIGITS = torch.device("cpu"), load_dataset("digits")
 TOY = DiTConfig(depth=1, width=16, heads=1)
@@ -57,10 +57,10 @@ def test_draws_have_the_distributions_of_the_recipe():
 
 def test_latents_are_drawn_afresh_from_their_posterior():
     mean, std = np.random.default_rng(0).random((2, 4, 2, 2), np.float32)
-    about = {"mean": [1.0] * 4, "std": [2.0] * 4, "classes": [], "counts": [], "hashes": {}}
-    dataset = Dataset(np.repeat(np.concatenate([mean, std])[None], 50, axis=0), np.zeros(50, np.int64), about)
+    facts = {"latent": True, "mean": [1.0] * 4, "std": [2.0] * 4, "classes": [], "counts": [], "hashes": {}}
+    dataset = Dataset(np.repeat(np.concatenate([mean, std])[None], 50, axis=0), np.zeros(50, np.int64), facts)
     config = TrainConfig(batch=5000, model=TOY.for_data(2, 4, 0))
-    images = from_network(batch_of(config, dataset)[0], dataset.facts).numpy()
+    images = from_network(batch_of(config, dataset)[0], facts).numpy()
     np.testing.assert_allclose(images.mean(0), mean, atol=0.05)
     np.testing.assert_allclose(images.std(0), std, rtol=0.1)
 
@@ -91,12 +91,33 @@ def test_the_gradient_is_that_of_the_loss_summed_over_channels_and_pixels(tmp_pa
     assert log(tmp_path)[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+def test_val_loss_is_the_weighted_error_on_the_held_out_images_whatever_the_run_and_its_precision():
+    """A network whose last gain is 0 predicts c_skip·x, so that its error is known in closed form."""
+    config = TrainConfig(model=TOY.for_data(8, 1, 10))
+    denoiser, *_ = build(config, CPU, bfloat16=True)
+    variance = to_network(torch.from_numpy(np.array(DIGITS.holdout.images)), DIGITS.facts).square().mean().item()
+    s2 = torch.distributions.Normal(-0.4, 1).icdf((torch.arange(10**4) + 0.5) / 10**4).mul(2).exp()
+    skip = 0.25 / (s2 + 0.25)
+    expected = ((s2 + 0.25) / (0.25 * s2) * ((1 - skip) ** 2 * variance + skip**2 * s2)).mean().item()
+    value = validation_loss(denoiser, config, DIGITS.holdout)
+    assert value == pytest.approx(expected, rel=0.02) and denoiser.bfloat16
+    other = TrainConfig(seed=9, p_mean=2.0, flip=True, batch=7, model=dataclasses.replace(config.model, block="plain"))
+    assert validation_loss(build(other, CPU)[0], other, DIGITS.holdout) == pytest.approx(value, rel=1e-6)
+    for name, parameter in denoiser.named_parameters():                     # now the network and the labels matter
+        parameter.data += 0.3 * name.endswith("gain")
+    changed = validation_loss(denoiser, config, DIGITS.holdout)
+    denoiser.bfloat16 = False
+    assert validation_loss(denoiser, config, DIGITS.holdout) == changed > 1.01 * value
+    others = dataclasses.replace(DIGITS.holdout, labels=9 - DIGITS.holdout.labels)
+    assert validation_loss(denoiser, config, others) != changed
+
+
 def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_the_command_line(tmp_path):
-    text = 'steps = 7\nlearning_rate = 1\nema_stds = [0.2]\n[model]\nsize = "XS"\nheads = 8\n'
+    text = 'compile = true\nsteps = 7\nlearning_rate = 1\nema_stds = [0.2]\n[model]\nsize = "XS"\nheads = 8\n'
     (tmp_path / "a.toml").write_text(text, encoding="utf-8-sig")            # as Windows' editor saves it
     words = ["--steps=9", "--model.modulation=gate,shift", "--ema_stds=0.1,0.2", "--compile=false", "--p_mean=-.5"]
     config = load_config([f"--config={tmp_path / 'a.toml'}", *words])
-    assert (config.steps, config.learning_rate, config.batch, config.compile) == (9, 1.0, TrainConfig().batch, False)
+    assert (config.steps, config.learning_rate, config.batch, config.compile) == (9, 1.0, TrainConfig().batch, "false")
     assert config.model.modulation == ("shift", "gate") and config.ema_stds == (0.1, 0.2) and config.p_mean == -0.5
     assert (config.model.depth, config.model.width, config.model.heads) == (6, 256, 8)
     printed = call("train.py", "--help").stdout
@@ -109,10 +130,13 @@ def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_
     ('steps = "100"', "FILE: steps: must be a whole number"),
     ("--config=nowhere.toml", "nowhere.toml: there is no such file"),
     ("--learning=10", "--learning: unknown key; did you mean 'learning_rate'?"),            # not an abbreviation
+    ("--seed=1 digits.toml", "digits.toml: unknown key; did you mean '--config=digits.toml'?"),
+    ("--xyzzy=1", "--xyzzy: unknown key; see --help"),
     ("--model.channels=3", "channels: 3, but the dataset has 1"),
     ("--batch=64 --micro_batch=7", "batch: 64 must split evenly"),
     ("--dataset=digit", "dataset: there is no 'digit'"),
     (f"--dataset={ROOT}", f"do it once with: python data.py {ROOT}"),
+    ("compile = 1", "FILE: compile: must be one of auto, true, false, not 1"),
     ("--device=abacus", "device: 'abacus' cannot be used"),
 ])
 def test_a_mistake_in_the_configuration_is_one_line_that_names_it(tmp_path, text, message):

@@ -181,7 +181,7 @@ def main():
     denoiser, facts = load_denoiser(run, device, args.ema)
     name = dataset_of(run)
     dataset = load_dataset(name)
-    if len(facts["classes"]) < 2 or dataset.latent:
+    if len(facts["classes"]) < 2 or dataset.facts["latent"]:
         raise UserError(f"{name} has no labels to probe for, or holds latents")
     (images, labels), = dataset.feed([epoch_order(len(dataset), 0, 0)[:args.images]], device)
     held_out = torch.arange(len(images), device=device) % 5 == 0
