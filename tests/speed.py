@@ -1,0 +1,87 @@
+"""What a training step costs on this machine, run by hand: `python -m tests.speed --threads 2`.
+
+For three networks of both families, eager and compiled, in each precision: milliseconds of forward, backward and
+optimizer, and what share of that the matrix products alone would take. Then images a second of sampling and Inception.
+All modes take turns, so that a machine whose speed varies treats them alike.
+"""
+
+import argparse
+import statistics
+import time
+from itertools import product
+
+import torch
+
+from fid import fold_normalization, inception
+from model import DiTConfig, edm2_loss
+from sample import choose_device, heun_sampler
+from tests.test_fid import second_inception
+from train import TrainConfig, build, optimizer_step
+
+NETWORKS = {"digits": (64, {"depth": 4, "width": 96, "heads": 3, "patch": 2, "image_size": 8, "channels": 1}),
+            "28x28": (64, {"depth": 8, "width": 256, "heads": 8, "patch": 4, "image_size": 28, "channels": 1}),
+            "DiT-S/4": (32, {"size": "S", "patch": 4, "image_size": 32, "channels": 4})}
+
+
+def make_step(block, batch, options, compiled, dtype, device):
+    """The denoiser, a function that takes one training step, and one that does only the matrix products of it."""
+    config = TrainConfig(model=DiTConfig(block=block, num_classes=10, **options))
+    denoiser, ema, optimizer = build(config, device, dtype == torch.bfloat16)
+    if compiled:
+        denoiser.net.compile()
+    images = torch.randn(batch, options["channels"], options["image_size"], options["image_size"], device=device)
+    labels, sigma = torch.zeros(batch, dtype=torch.int64, device=device), torch.ones(batch, device=device)
+    rows = {name: batch if "modulation" in name or "noise" in name else batch * config.model.tokens
+            for name, p in denoiser.net.named_parameters() if p.ndim == 2 and "label" not in name}
+    pairs = [(torch.randn(rows[name], p.shape[1], dtype=dtype, device=device), p.detach().to(dtype))
+             for name, p in denoiser.net.named_parameters() if name in rows]
+
+    def step():
+        optimizer.zero_grad()
+        edm2_loss(denoiser, denoiser.uncertainty, images, labels, sigma, images).backward()
+        optimizer_step(denoiser, optimizer, 1e-3)
+        ema.update(denoiser, ema.step + 1)
+
+    return denoiser, step, lambda: [((y := x @ w.T) @ w, y.T @ x) for x, w in pairs]
+
+
+def measure(functions, rounds, device):
+    """The median and the least milliseconds of each function, {name: (median, least)}, after a first call of each."""
+    times = {name: [] for name in functions}
+    for name, function in list(functions.items()) * (rounds + 1):
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times[name].append(1000 * (time.perf_counter() - begin))
+    return {name: (statistics.median(values[1:]), min(values[1:])) for name, values in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
+    args, device = parser.parse_args(), choose_device()
+    torch.set_num_threads(args.threads)
+    for network, precision in product(args.networks, args.precisions):
+        steps, dtype = {}, getattr(torch, precision)
+        for block, mode in product(("mp", "plain"), ("eager", "compiled")):
+            denoiser, step, products = make_step(block, *NETWORKS[network], mode == "compiled", dtype, device)
+            steps |= {f"{block} {mode}": step, f"{block} products": products}
+        times = measure(steps, args.rounds, device)
+        for name, (median, least) in times.items():
+            share = times[f"{name.split()[0]} products"][1] / least
+            print(f"{network:8} {precision:9} {name:15} median {median:7.1f} ms  least {least:7.1f}  products {share:.0%}")
+    noise, pictures = torch.randn(100, 4, 32, 32, device=device), torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
+    denoiser, *_ = make_step("mp", *NETWORKS["DiT-S/4"], False, torch.float32, device)
+    weights = fold_normalization({name: w.to(device) for name, w in second_inception(pictures[:1].float())[1].items()})
+    with torch.no_grad():
+        for name, function, count in (("sampling DiT-S/4, 18 steps", lambda: heun_sampler(denoiser, noise, steps=18), 100),
+                                      ("Inception", lambda: inception(pictures.to(device), weights), 32)):
+            print(f"{name}: {1000 * count / measure({name: function}, 1, device)[name][1]:.1f} images/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
