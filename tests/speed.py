@@ -1,14 +1,13 @@
 """What a training step costs on this machine, run by hand: `python -m tests.speed --threads 2`.
 
-For three networks of both families, eager and compiled, in each precision: milliseconds of forward, backward and
-optimizer, and what share of that the matrix products alone would take. Then images a second of sampling and Inception.
-All modes take turns, so that a machine whose speed varies treats them alike.
+Milliseconds of forward, backward and optimizer, with the share that the matrix products alone would take; then images a
+second of sampling and Inception. All modes take turns.
 """
 
 import argparse
-import statistics
 import time
 from itertools import product
+from statistics import median
 
 import torch
 
@@ -29,12 +28,13 @@ def make_step(block, batch, options, compiled, dtype, device):
     denoiser, ema, optimizer = build(config, device, dtype == torch.bfloat16)
     if compiled:
         denoiser.net.compile()
-    images = torch.randn(batch, options["channels"], options["image_size"], options["image_size"], device=device)
+    images = torch.randn(batch, options["channels"], *[options["image_size"]] * 2, device=device)
     labels, sigma = torch.zeros(batch, dtype=torch.int64, device=device), torch.ones(batch, device=device)
-    rows = {name: batch if "modulation" in name or "noise" in name else batch * config.model.tokens
-            for name, p in denoiser.net.named_parameters() if p.ndim == 2 and "label" not in name}
-    pairs = [(torch.randn(rows[name], p.shape[1], dtype=dtype, device=device), p.detach().to(dtype))
-             for name, p in denoiser.net.named_parameters() if name in rows]
+    pairs = []
+    for name, p in denoiser.net.named_parameters():
+        if p.ndim == 2 and "label" not in name:
+            rows = batch if "modulation" in name or "noise" in name else batch * config.model.tokens
+            pairs.append((torch.randn(rows, p.shape[1], dtype=dtype, device=device), p.detach().to(dtype)))
 
     def step():
         optimizer.zero_grad()
@@ -46,7 +46,7 @@ def make_step(block, batch, options, compiled, dtype, device):
 
 
 def measure(functions, rounds, device):
-    """The median and the least milliseconds of each function, {name: (median, least)}, after a first call of each."""
+    """Median and least milliseconds of each function, {name: (median, least)}, in turns, after a first call of each."""
     times = {name: [] for name in functions}
     for name, function in list(functions.items()) * (rounds + 1):
         begin = time.perf_counter()
@@ -54,14 +54,13 @@ def measure(functions, rounds, device):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: (statistics.median(values[1:]), min(values[1:])) for name, values in times.items()}
+    return {name: (median(values[1:]), min(values[1:])) for name, values in times.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
     args, device = parser.parse_args(), choose_device()
     torch.set_num_threads(args.threads)
@@ -70,17 +69,17 @@ def main():
         for block, mode in product(("mp", "plain"), ("eager", "compiled")):
             denoiser, step, products = make_step(block, *NETWORKS[network], mode == "compiled", dtype, device)
             steps |= {f"{block} {mode}": step, f"{block} products": products}
-        times = measure(steps, args.rounds, device)
-        for name, (median, least) in times.items():
+        times = measure(steps, 5, device)
+        for name, (middle, least) in times.items():
             share = times[f"{name.split()[0]} products"][1] / least
-            print(f"{network:8} {precision:9} {name:15} median {median:7.1f} ms  least {least:7.1f}  products {share:.0%}")
-    noise, pictures = torch.randn(100, 4, 32, 32, device=device), torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
+            print(f"{network:8} {precision:9} {name:15} median {middle:7.1f} ms  least {least:7.1f}  ({share:.0%})")
+    noise, pictures = torch.randn(32, 4, 32, 32, device=device), torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
     denoiser, *_ = make_step("mp", *NETWORKS["DiT-S/4"], False, torch.float32, device)
     weights = fold_normalization({name: w.to(device) for name, w in second_inception(pictures[:1].float())[1].items()})
-    with torch.no_grad():
-        for name, function, count in (("sampling DiT-S/4, 18 steps", lambda: heun_sampler(denoiser, noise, steps=18), 100),
-                                      ("Inception", lambda: inception(pictures.to(device), weights), 32)):
-            print(f"{name}: {1000 * count / measure({name: function}, 1, device)[name][1]:.1f} images/s", flush=True)
+    functions = {"sampling, 18 steps": torch.no_grad()(lambda: heun_sampler(denoiser, noise, steps=18)),
+                 "Inception": torch.no_grad()(lambda: inception(pictures.to(device), weights))}
+    for name, (_, least) in measure(functions, 1, device).items():
+        print(f"{name}: {32000 / least:.1f} images/s")
 
 
 if __name__ == "__main__":
