@@ -6,8 +6,8 @@
 A set made ready is a few files: images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the mean and
 standard deviation of a VAE's posterior [EDM2]; labels.npy, int64 (N,); holdout-images.npy and holdout-labels.npy, which
 training never sees; about.json, with class names, statistics and hashes; contact-sheet.png, what the model will see.
-Why: all that is odd about files is met here, once, by one person, not in the middle of a training on eight GPUs. Only
-this file knows formats; read it after sample.py.
+Why: whatever is odd about files shows here, once, and not in the middle of a training on eight GPUs. Only this file
+knows formats; read it after sample.py.
 """
 
 import argparse
@@ -43,7 +43,8 @@ warnings.filterwarnings("ignore", module="PIL")                             # wh
 
 
 class UserError(ValueError):
-    """Something its user can mend, said in one line. Anything else but an OSError is a bug and keeps its traceback."""
+    """A mistake that its user can correct, said in one line. All else but an OSError is a bug and keeps its traceback.
+    """
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,7 +64,8 @@ def number(kind, low, high):
         with suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"must be {kind.__name__}, from {low:g} to {high:g}, not {text[:60]!r}")
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what} from {low:g} to {high:g}, not {text[:60]!r}")
 
     return parse
 

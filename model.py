@@ -292,8 +292,8 @@ FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock
 
 class DiT(nn.Module):
     """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes: null.
-    parts: what makes input, block and output of a configuration, if not the classes of the configured family; other
-    parts set their own initial values."""
+    parts: functions that make input, block and output from a configuration, where a variant has its own ones; these set
+    their own initial values."""
 
     lr_scale = {}       # {parameter: factor on its learning rate}, where a variant wants another than 1
 

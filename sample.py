@@ -298,7 +298,7 @@ def make_parser():
     add("--ema", type=std, metavar="STD", help="EMA width (default: the widest in training)")
     add("--labels", nargs="+", help="classes to draw, by name or number (default: all, for a grid the first 16)")
     add("--columns", type=number(int, 1, 10**8), default=10, help="images of each class (default: 10)")
-    add("--count", type=number(int, 1, 10**8), help="instead: so many images, with classes as often as in the data")
+    add("--count", type=number(int, 1, 10**8), help="number of images, with classes as often as in the data")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the first image, then seed + 1 (default: 0)")
     add("--batch", type=number(int, 1, 65536), default=256, help="images drawn at once (default: 256)")
     add("--steps", type=number(int, 2, 10000), default=32, help="sampler steps (default: 32)")

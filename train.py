@@ -64,11 +64,11 @@ class TrainConfig:
     p_mean: float = key(-0.4, "mean of ln(sigma) in training: higher for layout and shape, lower for detail", -20, 20)
     p_std: float = key(1.0, "standard deviation of ln(sigma) in training", 1e-3, 20)
     ema_stds: tuple[float, ...] = key((0.05, 0.10), "relative widths of the averages tracked", 0.001, 0.288)
-    val_every: int = key(500, "steps between values of val_loss, beside the one at the end (0: none)", 0, 10**9)
+    val_every: int = key(500, "steps between values of val_loss, in addition to the end (0: none)", 0, 10**9)
     log_every: int = key(50, "steps between lines of log.jsonl", 1, 10**9)
-    sample_every: int = key(0, "steps between sample grids, beside the one at the end (0: none)", 0, 10**9)
-    snapshot_every: int = key(0, "steps between EMA snapshots, beside the one at the end (0: none)", 0, 10**9)
-    save_every: int = key(500, "steps between states to resume from, beside the one at the end", 1, 10**9)
+    sample_every: int = key(0, "steps between sample grids, in addition to the end (0: none)", 0, 10**9)
+    snapshot_every: int = key(0, "steps between EMA snapshots, in addition to the end (0: none)", 0, 10**9)
+    save_every: int = key(500, "steps between states to resume from, in addition to the end", 1, 10**9)
     model: DiTConfig = dataclasses.field(default_factory=DiTConfig)
 
     def __post_init__(self):
@@ -192,7 +192,7 @@ def prepare_batch(config, facts, images, labels, draws, part):
 def validation_loss(denoiser, config, dataset, rank=0, processes=1):
     """The EDM-weighted error, without u, on 2,000 pairs of a held-out image and noise, always in float32; ln sigma is
     stratified over N(-0.4, 1). Why the same pairs for every run, whatever its seed and keys: new images and noise at
-    every step make a training loss too loud to compare two runs by."""
+    every step make a training loss too noisy to compare two runs by."""
     device, errors = next(denoiser.parameters()).device, torch.zeros(40, dtype=torch.float64)
     order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
     bfloat16, denoiser.bfloat16 = denoiser.bfloat16, False
