@@ -707,6 +707,9 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     args = parser.parse_args()
     path, named, changes, lines = Path(args.source), args.source in DOWNLOADS, Counter(), []
+    if not named and not path.exists():
+        hint = "it is the name of a set that is ready" if find_set(args.source) else f"known are {', '.join(DOWNLOADS)}"
+        raise UserError(f"{args.source}: there is no such file; {hint}")
     if named and path.exists():
         raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")
     stem = re.sub(r"(\.(zip|npz|npy|tar|tgz|gz))+$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
@@ -731,8 +734,6 @@ def main():
             for file, sha256 in files.items():
                 download(base + file, path / file, sha256)
             path = path / file if len(files) == 1 else path
-        if not path.exists():
-            raise UserError(f"{path}: there is no such file; sets to fetch are {', '.join(DOWNLOADS)}")
         source = open_source(path, changes)
         source.classes = FASHION if args.source == "fashion-mnist" else source.classes
         with tempfile.TemporaryDirectory(dir=DATASETS, prefix=".making-") as making:
