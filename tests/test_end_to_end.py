@@ -1,7 +1,6 @@
 """The real commands, on the real digits."""
 
 import json
-import os
 import re
 import subprocess
 import sys
