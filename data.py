@@ -255,6 +255,11 @@ def natural(name):
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
+def labels_of(images):
+    """The name under which the labels of an array or file of images go."""
+    return re.sub("^x_", "y_", images.replace("images", "labels").replace("idx3", "idx1").replace("arr_0", "arr_1"))
+
+
 def open_files(path):
     """The files of a folder, zip, npz or tar: their names, and a function that opens one by its name. Of a single file
     these are itself and the labels beside it. Why: then all of them are the same thing, names and bytes."""
@@ -287,11 +292,6 @@ def open_files(path):
     if len(files) < len(pairs):
         raise ValueError("holds several files of the same name")
     return list(files), lambda name: opener(files[name])
-
-
-def labels_of(images):
-    """The name under which the labels of an array or file of images go."""
-    return re.sub("^x_", "y_", images.replace("images", "labels").replace("idx3", "idx1").replace("arr_0", "arr_1"))
 
 
 def read_array(open_file, name):
@@ -379,6 +379,28 @@ def from_arrays(stems, found, open_file):
     return images, values, held_out if held_out.any() else None
 
 
+def decode(image, changes):
+    """A Pillow image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises ValueError where something would be lost
+    unseen; what is done to it is counted in `changes`."""
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":         # MPO: a phone's photo with a second
+        raise ValueError(f"is animated, {image.n_frames} frames")
+    image.load()
+    if image.info or image.format == "TIFF":                                # where an orientation would be
+        ImageOps.exif_transpose(image, in_place=True)
+    mode = "L" if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16") else "RGB"
+    if image.mode in ("I", "F"):
+        raise ValueError(f"has more than 16 bits a channel (mode {image.mode})")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            changes["with transparency, put on white"] += 1
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+
+
 class Pictures:
     """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32. changes: see decode()."""
 
@@ -401,26 +423,10 @@ class Pictures:
             return latent
 
 
-def decode(image, changes):
-    """A Pillow image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises ValueError where something would be lost
-    unseen; what is done to it is counted in `changes`."""
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":         # MPO: a phone's photo with a second
-        raise ValueError(f"is animated, {image.n_frames} frames")
-    image.load()
-    if image.info or image.format == "TIFF":                                # where an orientation would be
-        ImageOps.exif_transpose(image, in_place=True)
-    mode = "L" if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16") else "RGB"
-    if image.mode in ("I", "F"):
-        raise ValueError(f"has more than 16 bits a channel (mode {image.mode})")
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            changes["with transparency, put on white"] += 1
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+def to_picture(image):
+    """One image (1 or 3, H, W), uint8, for Pillow."""
+    image = np.asarray(image)
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
 def crop_and_resize(image, size, channels, changes):
@@ -625,41 +631,6 @@ def statistics(images):
     return total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
 
 
-def write_set(folder, source, made, changes):
-    """Write a Source as a set into `folder`. made: how, {"source", "size", "holdout", "skip_broken"}; changes: a
-    Counter, which is filled with what was done to how many images."""
-    hashes = {name: hashlib.sha256() for name in ("images", "labels", "classes")}
-    with open(folder / "images.npy", "wb") as train, open(folder / "holdout-images.npy", "wb") as holdout:
-        numbers = write_images((train, holdout), source, made, changes)
-    for part, prefix in zip(numbers, ("", "holdout-")):
-        np.save(folder / f"{prefix}labels.npy", source.labels[part])
-        images = np.load(folder / f"{prefix}images.npy", mmap_mode="r")
-        hashes["images"].update(str(images.shape).encode())                 # where the held-out part begins
-        hashes["images"].update(images)
-        hashes["labels"].update(source.labels[part])
-    hashes["classes"].update(json.dumps(source.classes).encode())
-    counts = np.bincount(source.labels[numbers[0]], minlength=len(source.classes))
-    if not counts.all():
-        raise UserError(f"{made['source']}: no image of {source.classes[counts.argmin()]!r} is left to train on; "
-                        "choose a lower --holdout")
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    mean, std = statistics(images)
-    if not std.all():
-        raise UserError(f"{made['source']}: all images are alike")
-    facts = {"latent": images.dtype == np.float32, "mean": mean.tolist(), "std": std.tolist(),
-             "classes": source.classes, "counts": counts.tolist(),
-             "hashes": {name: sha.hexdigest() for name, sha in hashes.items()}}
-    about = json.dumps({"format": FORMAT, "made": made, "facts": facts}, indent=1, ensure_ascii=False)
-    (folder / "about.json").write_text(about, encoding="utf-8")
-    contact_sheet(load_dataset(folder)).save(folder / "contact-sheet.png")
-
-
-def to_picture(image):
-    """One image (1 or 3, H, W), uint8, for Pillow."""
-    image = np.asarray(image)
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-
-
 def make_grid(images, columns, names=()):
     """Images (N, C, S, S), uint8, as one Pillow image, row by row, the names of the rows at their left; small ones are
     enlarged by whole pixels."""
@@ -694,6 +665,35 @@ def contact_sheet(dataset):
             images = torch.nn.functional.interpolate(images.float(), side, mode="area")
         cells[:len(row)] = images.to(torch.uint8)
     return make_grid(sheet.flatten(0, 1), 10, classes[:16])
+
+
+def write_set(folder, source, made, changes):
+    """Write a Source as a set into `folder`. made: how, {"source", "size", "holdout", "skip_broken"}; changes: a
+    Counter, which is filled with what was done to how many images."""
+    hashes = {name: hashlib.sha256() for name in ("images", "labels", "classes")}
+    with open(folder / "images.npy", "wb") as train, open(folder / "holdout-images.npy", "wb") as holdout:
+        numbers = write_images((train, holdout), source, made, changes)
+    for part, prefix in zip(numbers, ("", "holdout-")):
+        np.save(folder / f"{prefix}labels.npy", source.labels[part])
+        images = np.load(folder / f"{prefix}images.npy", mmap_mode="r")
+        hashes["images"].update(str(images.shape).encode())                 # where the held-out part begins
+        hashes["images"].update(images)
+        hashes["labels"].update(source.labels[part])
+    hashes["classes"].update(json.dumps(source.classes).encode())
+    counts = np.bincount(source.labels[numbers[0]], minlength=len(source.classes))
+    if not counts.all():
+        raise UserError(f"{made['source']}: no image of {source.classes[counts.argmin()]!r} is left to train on; "
+                        "choose a lower --holdout")
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    mean, std = statistics(images)
+    if not std.all():
+        raise UserError(f"{made['source']}: all images are alike")
+    facts = {"latent": images.dtype == np.float32, "mean": mean.tolist(), "std": std.tolist(),
+             "classes": source.classes, "counts": counts.tolist(),
+             "hashes": {name: sha.hexdigest() for name, sha in hashes.items()}}
+    about = json.dumps({"format": FORMAT, "made": made, "facts": facts}, indent=1, ensure_ascii=False)
+    (folder / "about.json").write_text(about, encoding="utf-8")
+    contact_sheet(load_dataset(folder)).save(folder / "contact-sheet.png")
 
 
 def main():

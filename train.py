@@ -188,6 +188,14 @@ def prepare_batch(config, facts, images, labels, draws, part):
     return images, labels, draws["sigma"], draws["noise"]
 
 
+def over_processes(values, processes):
+    """The sums of some numbers over all processes."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if processes > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
 @torch.no_grad()
 def validation_loss(denoiser, config, dataset, rank=0, processes=1):
     """The EDM-weighted error, without u, on 2,000 pairs of a held-out image and noise, always in float32; ln sigma is
@@ -273,6 +281,14 @@ def read_state(config, facts, denoiser, ema, optimizer):
     return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
 
 
+def log(out, values):
+    """Append one line to log.jsonl, on disk before a later state is; nothing in it depends on the clock."""
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def prepare_run(config, state):
     """Write config.toml, and cut the log and the snapshots back to where the state stands."""
     out, step = Path(config.out), state["step"]
@@ -298,14 +314,6 @@ def prepare_run(config, state):
     if changed := differences(state["config"], flatten(config), LOCAL):
         log(out, {"step": step, "changed": changed})
         print(f"changed since the last training: {changed}", flush=True)
-
-
-def log(out, values):
-    """Append one line to log.jsonl, on disk before a later state is; nothing in it depends on the clock."""
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(values) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def save_state(config, facts, denoiser, ema, optimizer, done, losses):
@@ -363,14 +371,6 @@ def catch_signals(processes):
 def due(done, every, config):
     """Whether something that happens every so many steps, and at the end, happens after `done` of them."""
     return done == config.steps or bool(every and done % every == 0)
-
-
-def over_processes(values, processes):
-    """The sums of some numbers over all processes."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if processes > 1:
-        dist.all_reduce(values)
-    return values.tolist()
 
 
 def show(config, done, loss, rate):
