@@ -65,21 +65,15 @@ def solve_coefficients(sources, targets):
     return x, np.sqrt(np.maximum(residual, 0) / square)
 
 
-def unwrap(module):
-    """The module inside the wrappers of torch.compile and DistributedDataParallel."""
-    while hasattr(module, "_orig_mod") or isinstance(module, torch.nn.parallel.DistributedDataParallel):
-        module = getattr(module, "_orig_mod", None) or module.module
-    return module
-
-
 class PowerEMA:
     """Running averages of a module, one for every relative width. Why: averaged weights draw far better images.
-    averages: {std: a copy of the module in eval mode that holds the average, in float32 or better}, ready to be called.
-    """
+    averages: {std: a copy of the module in eval mode, ready to be called, that is the average, in float32 or better}"""
 
     def __init__(self, module, stds=(0.05, 0.10)):
+        while hasattr(module, "_orig_mod") or isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            module = getattr(module, "_orig_mod", None) or module.module    # without the wrapper of torch.compile or DDP
         self.step, self.gammas = 0, {std: std_to_gamma(std) for std in stds}
-        self.averages = {std: copy.deepcopy(unwrap(module)).eval().requires_grad_(False) for std in stds}
+        self.averages = {std: copy.deepcopy(module).eval().requires_grad_(False) for std in stds}
         for average in self.averages.values():
             for p in average.parameters():                                  # bfloat16 would lose such small updates
                 p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
@@ -90,7 +84,6 @@ class PowerEMA:
         average ← beta·average + (1 - beta)·module, beta = (previous step / step)^(gamma + 1)."""
         if step <= self.step:
             raise ValueError(f"the last update was at step {self.step}, the next must be later, not {step}")
-        module = unwrap(module)
         for std, average in self.averages.items():
             ours, beta = list(average.parameters()), (self.step / step) ** (self.gammas[std] + 1)
             torch._foreach_lerp_(ours, [p.to(a.dtype) for p, a in zip(module.parameters(), ours)], 1 - beta)
@@ -125,36 +118,21 @@ def atomic_file(path):
         beside.unlink(missing_ok=True)
 
 
-def digest(content):
+def digest(value, sha=None):
     """SHA-256 over a tree of dicts, lists, plain values and tensors: names, types, shapes and bytes."""
-    sha = hashlib.sha256()
-
-    def add(value):
-        if torch.is_tensor(value):
-            if not value.is_contiguous():                                   # strides of 0 can claim any shape
-                raise ValueError("holds a tensor that is not contiguous")
-            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(value, (dict, list, tuple)):
-            sha.update(f"{type(value).__name__}{len(value)}".encode())
-            for part in value.items() if isinstance(value, dict) else value:
-                add(part)
-        else:
-            sha.update(f"{type(value).__name__}{value!r};".encode())
-
-    add(content)
+    sha = sha or hashlib.sha256()
+    if torch.is_tensor(value):
+        if not value.is_contiguous():                                       # strides of 0 can claim any shape
+            raise ValueError("holds a tensor that is not contiguous")
+        sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, (dict, list, tuple)):
+        sha.update(f"{type(value).__name__}{len(value)}".encode())
+        for part in value.items() if isinstance(value, dict) else value:
+            digest(part, sha)
+    else:
+        sha.update(f"{type(value).__name__}{value!r};".encode())
     return sha.hexdigest()
-
-
-@contextmanager
-def reading(path):
-    """Turn whatever goes wrong inside into one ValueError that names the file. Why: libraries raise all kinds."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error) if isinstance(error, ValueError) else getattr(error, "strerror", None)
-        text = text or f"damaged, or not a file of this kind ({type(error).__name__})"
-        raise ValueError(text if str(path) in text else f"{path}: {text}") from error
 
 
 def save_file(path, content):
@@ -163,38 +141,38 @@ def save_file(path, content):
         torch.save({"format": FORMAT, "sha256": digest(content)} | content, file)
 
 
-def load_file(path, mmap=False):
+def load_file(path):
     """What save_file() wrote, and its "sha256", on the CPU, no code unpickled. Raises ValueError for anything else."""
-    with reading(path):
-        if not Path(path).is_file():
-            raise ValueError("there is no such file")
+    try:
         with warnings.catch_warnings(action="ignore"):                      # whatever matters is raised
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if content.pop("format", 1) != FORMAT:
             raise ValueError("was written by another version of this code; train again")
         sha256 = content.pop("sha256")
         if sha256 != digest(content):
             raise ValueError("damaged: its contents do not fit their SHA-256")
-        return content | {"sha256": sha256}
+    except Exception as error:                                              # torch raises all kinds
+        text = str(error) if isinstance(error, ValueError) else getattr(error, "strerror", None)
+        text = text or f"damaged, or not a file of this kind ({type(error).__name__})"
+        raise ValueError(f"{path}: {text}") from error
+    return content | {"sha256": sha256}
 
 
 def snapshot_path(folder, step, std):
-    """folder/<step>-<std>.pt; widths have three decimals at most."""
-    if round(std, 3) != std:
-        raise ValueError(f"an EMA width has three decimals at most, not {std}")
-    return Path(folder) / f"{step:07d}-{std:.3f}.pt"
+    """folder/<step>-<std>.pt, the width with three decimals or more."""
+    return Path(folder) / f"{step:07d}-{std:0<5}.pt"
 
 
-def save_snapshot(folder, average, step, std, info=None, dtype=torch.float16):
+def save_snapshot(folder, average, step, std, info=None):
     """Write the snapshot of a module, and `info`, a dict of plain values. Returns its path. Parameters are stored in
-    `dtype`, those that it cannot hold in float32, buffers as they are."""
+    float16, those that it cannot hold in float32, buffers as they are."""
     path, weights = snapshot_path(folder, step, std), {}
     parameters = dict(average.named_parameters(remove_duplicate=False))
     for name, tensor in average.state_dict().items():
         weights[name] = tensor.cpu().contiguous()
         if name in parameters and tensor.is_floating_point():
-            full, small = weights[name].float(), weights[name].to(dtype)
-            weights[name] = full if (small.float() - full).norm() > 0.01 * full.norm() else small
+            full, half = weights[name].float(), weights[name].half()
+            weights[name] = full if (half.float() - full).norm() > 0.01 * full.norm() else half
     buffers = [name for name in weights if name not in parameters]
     save_file(path, {"step": step, "std": std, "info": info or {}, "weights": weights, "buffers": buffers})
     return path
@@ -202,16 +180,15 @@ def save_snapshot(folder, average, step, std, info=None, dtype=torch.float16):
 
 def list_snapshots(folder):
     """The snapshots in a folder, oldest first: [(step, std, path)]."""
-    names = ((path, re.fullmatch(r"(\d{1,15})-(0\.\d{3})\.pt", path.name)) for path in Path(folder).glob("*.pt"))
+    names = ((path, re.fullmatch(r"(\d{1,15})-(0\.\d{3,})\.pt", path.name)) for path in Path(folder).glob("*.pt"))
     return sorted((int(name[1]), float(name[2]), path) for path, name in names if name)
 
 
-@torch.no_grad()
 def reconstruct(folder, stds, step=None):
     """The averages of relative widths `stds` at `step` (None: the last), mixed from the snapshots in `folder`.
-    Returns a list of dicts as save_snapshot() writes them, with weights in float32. The files are mapped: beside the
-    results this takes 4 MB for each of them. Warns on stderr of a width that they cannot express (on the digits, a
-    residual of 0.03 goes with weights 0.1 to 0.2% off). Raises ValueError, in one line, if they do not fit together."""
+    Returns a list of dicts as save_snapshot() writes them, with weights in float32; beside them, two snapshots are in
+    memory at a time. Warns on stderr of a width that the snapshots cannot express (on the digits, a residual of 0.03
+    goes with weights 0.1 to 0.2% off). Raises ValueError, in one line, if they do not fit together."""
     sources = list_snapshots(folder)
     steps = sorted({s for s, _, _ in sources})
     step = steps[-1] if steps and step is None else step
@@ -219,19 +196,19 @@ def reconstruct(folder, stds, step=None):
         raise ValueError(f"{folder}: there is no snapshot{f' at step {step}, but at {steps[:20]}' if steps else ''}")
     sources = [source for source in sources if source[0] <= step]
     coefficients, residuals = solve_coefficients([source[:2] for source in sources], [(step, std) for std in stds])
-    coefficients = torch.from_numpy(coefficients.T).float()                 # (widths, files)
-    with reading(folder):
-        snapshots = [load_file(path, mmap=True) for _, _, path in sources]
-        last, shapes = snapshots[-1], [{name: w.shape for name, w in s["weights"].items()} for s in snapshots]
-        for (_, _, path), snapshot, shape in zip(sources, snapshots, shapes):
-            if shape != shapes[-1] or snapshot["info"] != last["info"]:
-                raise ValueError(f"{path}: is of another model than {sources[-1][2]}")
-        results = [last | {"step": step, "std": std, "weights": dict(last["weights"])} for std in stds]
-        for name in shapes[-1].keys() - set(last["buffers"]):
-            rows = [snapshot["weights"][name].flatten().split(2**20) for snapshot in snapshots]
-            mixed = [coefficients @ torch.stack([piece.float() for piece in pieces]) for pieces in zip(*rows)]
-            for result, row in zip(results, torch.cat(mixed, dim=1)):
-                result["weights"][name] = row.view(shapes[-1][name]).clone()
+    last = load_file(sources[-1][2])
+    shapes = {name: weight.shape for name, weight in last["weights"].items()}
+    mixed = shapes.keys() - set(last["buffers"])                            # buffers are those of the last snapshot
+    results = [{"step": step, "std": std, "info": last["info"], "buffers": last["buffers"],
+                "weights": last["weights"] | {name: torch.zeros(shapes[name]) for name in mixed}} for std in stds]
+    for (_, _, path), row in zip(sources, coefficients):
+        snapshot = load_file(path)
+        weights = snapshot["weights"]
+        if snapshot["info"] != last["info"] or shapes != {name: weight.shape for name, weight in weights.items()}:
+            raise ValueError(f"{path}: is of another model than {sources[-1][2]}")
+        for result, coefficient in zip(results, row):
+            for name in mixed:
+                result["weights"][name].add_(weights[name], alpha=coefficient)
     for std, residual in zip(stds, residuals):
         if residual > 0.03:
             print(f"warning: EMA width {std} is beyond what the snapshots can express: the nearest profile is "
@@ -248,11 +225,9 @@ def main():
     args = parser.parse_args()
     try:
         folder = args.folder / "ema" if (args.folder / "ema").is_dir() else args.folder
-        for std in args.std:
-            snapshot_path(folder, 0, std)                                   # refuses a width before the work
         for snapshot in reconstruct(folder, args.std, args.step):
             path = snapshot_path(folder / "posthoc", snapshot["step"], snapshot["std"])
-            save_file(path, {name: value for name, value in snapshot.items() if name != "sha256"})
+            save_file(path, snapshot)
             print(path, flush=True)
     except (ValueError, OSError) as error:
         parser.exit(2 if isinstance(error, ValueError) else 1, f"ema.py: {error}\n")
