@@ -71,7 +71,7 @@ class PowerEMA:
 
     def __init__(self, module, stds=(0.05, 0.10)):
         while hasattr(module, "_orig_mod") or isinstance(module, torch.nn.parallel.DistributedDataParallel):
-            module = getattr(module, "_orig_mod", None) or module.module    # without the wrapper of torch.compile or DDP
+            module = getattr(module, "_orig_mod", None) or module.module    # what torch.compile or DDP wraps
         self.step, self.gammas = 0, {std: std_to_gamma(std) for std in stds}
         self.averages = {std: copy.deepcopy(module).eval().requires_grad_(False) for std in stds}
         for average in self.averages.values():

@@ -11,8 +11,8 @@ import math
 import os
 import shutil
 import sys
-import zipfile
-from contextlib import contextmanager, nullcontext
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,32 +26,19 @@ from model import Denoiser, config_class
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def noise_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """The sampler's noise levels, from sigma_max down to sigma_min and then 0: (steps + 1,), float64 [EDM, Eq. 5]."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
-
-
 @torch.no_grad()
-def heun_sampler(denoise, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0,
-                 churn=0.0, churn_interval=(0.0, math.inf), churn_noise=1.0, draw=None, watch=None):
-    """Follow the probability-flow ODE from noise to images with Heun's second-order method [EDM, Algorithms 1 and 2].
+def heun_sampler(denoise, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0, watch=None):
+    """Follow the probability-flow ODE from noise to images with Heun's second-order method [EDM, Algorithm 1, Eq. 5].
 
     denoise(x, sigma, labels): the denoised images; x (B, C, S, S), sigma a float. noise: (B, C, S, S), unit normal.
-    churn: S_churn of Algorithm 2; at noise levels within churn_interval every step first adds up to churn/steps of the
-    level as fresh noise of standard deviation churn_noise, from draw() (default: torch's own random state).
     watch(x, sigma): called with what each step starts from. Costs 2·steps - 1 calls of `denoise`, steps >= 2."""
-    draw = draw or (lambda: torch.randn_like(noise))
-    sigmas = noise_levels(steps, sigma_min, sigma_max, rho).tolist()
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho     # Eq. 5
+    sigmas = [*sigmas.tolist(), 0.0]
     x = noise * sigmas[0]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
         if watch:
             watch(x, sigma)
-        if churn and churn_interval[0] <= sigma <= churn_interval[1]:
-            higher = sigma * (1 + min(churn / steps, math.sqrt(2) - 1))
-            x = x + math.sqrt(higher**2 - sigma**2) * churn_noise * draw()
-            sigma = higher
         slope = (x - denoise(x, sigma, labels)) / sigma
         x_next = x + (sigma_next - sigma) * slope                           # Euler
         if sigma_next > 0:
@@ -74,13 +61,6 @@ def guided(denoiser, guidance, guide=None, interval=(0.0, math.inf)):
     return denoise
 
 
-def seeded_noise(seeds, shape, device="cpu"):
-    """A function that draws unit normal noise (len(seeds), *shape), new at every call. Why a generator for each image:
-    the noise depends on the image's own seed (0 to 2**32 - 1) alone, whatever the batch."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-
-
 def deal_labels(counts, numbers):
     """Labels (N,) for samples with these numbers (N,): any stretch of numbers has classes as often as the data, where
     class i occurs counts[i] times. Why: otherwise a distance between both would measure shares of classes too."""
@@ -88,33 +68,35 @@ def deal_labels(counts, numbers):
     return np.searchsorted(np.cumsum(counts) / sum(counts), steps, side="right")
 
 
-def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, **options):
-    """Draw one image for each pair of label (num_classes for none) and seed, as one batch.
-    facts: of the dataset. denoise: the function to sample with (default: `denoiser`). options: heun_sampler's.
+def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, steps=32):
+    """Draw one image for each pair of label (num_classes for none) and seed (0 to 2**32 - 1), as one batch.
+    facts: of the dataset. denoise: the function to sample with (default: `denoiser`).
     Returns uint8 (B, C, S, S) on the CPU, or float32 if these are latents; with `frames` (B, steps + 1, C, S, S), what
-    each step starts from and the result."""
+    each step starts from and the result. Why a generator for each image: so that others in the batch do not change it.
+    """
     config, device, seen = denoiser.net.config, next(denoiser.parameters()).device, []
-    draw = seeded_noise(seeds, (config.channels, config.image_size, config.image_size), device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = config.channels, config.image_size, config.image_size
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
     def watch(x, sigma):                                                    # scaled back to the data's own range
         seen.append(x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data)))
 
-    x = heun_sampler(denoise or denoiser, draw(), torch.as_tensor(labels, device=device), draw=draw,
-                     watch=watch if frames else None, **options)
+    labels = torch.as_tensor(labels, device=device)
+    x = heun_sampler(denoise or denoiser, noise, labels, steps, watch=watch if frames else None)
     x = torch.stack([*seen, x], dim=1) if frames else x
     return from_network(x, facts).cpu()
 
 
 def choose_device(name=""):
     """The device called `name`, or the best there is: cuda, mps, cpu; each of several processes gets its own GPU."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not name:
         alone = "RANK" not in os.environ
         name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     with reading(f"device: {name[:60]!r} cannot be used"):
         if name.split(":")[0] not in ("cuda", "mps", "cpu"):
             raise ValueError("choose cuda, mps or cpu")
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(0, device=device)
     torch.backends.cudnn.allow_tf32 = False                                 # float32 is float32, also in convolutions
     return device
@@ -124,7 +106,7 @@ def use_bfloat16(precision, device):
     """Whether the network runs in bfloat16: for "auto" on GPUs that have it. Warns where it would only be emulated."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     if precision == "bfloat16" and able and not any(has for name, has in able.items() if "bf16" in name):
         print("warning: this CPU has no bfloat16, and emulating it is very slow", file=sys.stderr)
     return precision == "bfloat16"
@@ -152,27 +134,22 @@ def load_denoiser(path, device, std=None):
     with reading(path):
         if path.is_dir():
             folder = path / "ema" if (path / "ema").is_dir() else path
-            snapshots = list_snapshots(folder)
-            std = std or max([width for _, width, _ in snapshots], default=0.1)
-            tracked = [file for _, width, file in snapshots if width == std]
-            snapshot = load_file(tracked[-1]) if tracked else reconstruct(folder, [std])[0]
+            files = {width: file for _, width, file in list_snapshots(folder)}      # the last one of each width
+            std = std or max(files, default=0.1)
+            snapshot = load_file(files[std]) if std in files else reconstruct(folder, [std])[0]
         elif std:
             raise ValueError("is one snapshot; to choose an EMA width, name the run directory")
         else:
             snapshot = load_file(path)
         facts = snapshot["info"]["data"]
         config = config_class(snapshot["info"]["variant"])(**snapshot["info"]["model"])
-        with torch.device("meta"):                                          # before memory is taken for it
-            shapes = {name: weight.shape for name, weight in Denoiser(config).state_dict().items()}
-        if shapes != {name: weight.shape for name, weight in snapshot["weights"].items()}:
-            raise ValueError("its weights are not those of its configuration")
+        with torch.device("meta"):                                          # whether they fit, before memory is taken
+            Denoiser(config).load_state_dict(snapshot["weights"], assign=True)
         denoiser = Denoiser(config)
         denoiser.load_state_dict(snapshot["weights"])
-        fits = from_network(torch.zeros(1, config.channels, 1, 1), facts).shape == (1, config.channels, 1, 1)
-        finite = np.isfinite(facts["mean"] + facts["std"]).all() and min(facts["std"]) > 0
         if not config.num_classes:                                          # of an unconditional run on labelled images
             facts |= {"classes": [], "counts": [sum(facts["counts"])]}
-        if not (fits and finite and len(facts["classes"]) == config.num_classes and min(facts["counts"]) > 0):
+        if len(facts["classes"]) != config.num_classes or not np.isfinite(facts["mean"] + facts["std"]).all():
             raise ValueError("what it says of its data does not fit, or is not finite")
     return denoiser.to(device).eval(), facts
 
@@ -184,9 +161,8 @@ def load_decoder(facts, device):
         return lambda images: images
     with reading("the run draws latents, and there is no VAE: install diffusers, or write latents with --out=FILE.npz"):
         from diffusers import AutoencoderKL                                 # the only use of a package beyond the five
-        vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse").to(device).eval()
+        vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-mse").to(device).eval().requires_grad_(False)
 
-    @torch.no_grad()
     def decode(latents):
         images = torch.cat([vae.decode(part.to(device)).sample.cpu() for part in latents.split(8)])
         return (images.clamp(0, 1) * 255).to(torch.uint8)
@@ -195,12 +171,14 @@ def load_decoder(facts, device):
 
 
 def check_guidance(config, facts, guidance, guide=None, guide_facts=None):
-    """Raises UserError if the guide is for other images, or there is none and the null label was never trained."""
+    """Raises UserError if a guide is useless or for other images, or there is none and no null label was trained."""
+    if guide and guidance == 1:
+        raise UserError("--guide: does nothing without --guidance")
     if guide:
-        theirs = vars(guide.net.config) | guide_facts
-        for name, ours in (vars(config) | facts).items():
-            if name in ("channels", "image_size", "num_classes", "mean", "std") and theirs[name] != ours:
-                raise UserError(f"--guide: was trained on images with {name} = {theirs[name]}, not {ours}")
+        ours, theirs = vars(config) | facts, vars(guide.net.config) | guide_facts
+        for name in ("channels", "image_size", "num_classes", "mean", "std"):
+            if theirs[name] != ours[name]:
+                raise UserError(f"--guide: was trained on images with {name} = {theirs[name]}, not {ours[name]}")
     elif guidance != 1 and not (config.num_classes and config.label_dropout):
         raise UserError("--guidance: the run has no labels, or never saw a null label; name a weaker one with --guide")
 
@@ -222,15 +200,20 @@ def leave_processes(processes):
         dist.destroy_process_group()
 
 
+def gather(mine, processes):
+    """The tensors of all processes, which have one shape, in their order."""
+    if processes == 1:
+        return [mine]
+    tensors = [torch.empty_like(mine) for _ in range(processes)]
+    dist.all_gather(tensors, mine)
+    return tensors
+
+
 def exchange(text, processes):
     """Gather one text of up to 16 KB from each process, in their order. Why as tensors: torch's own way unpickles."""
-    mine = torch.zeros(2**14, dtype=torch.uint8)
-    data = text.encode(errors="replace")
-    mine[:len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-    everyone = [torch.empty_like(mine) for _ in range(processes)]
-    if processes > 1:
-        dist.all_gather(everyone, mine)
-    return [bytes(part.tolist()).rstrip(b"\0").decode() for part in everyone] if processes > 1 else [text]
+    padded = text.encode(errors="replace").ljust(2**14, b"\0")
+    tensors = gather(torch.tensor(list(padded), dtype=torch.uint8), processes)
+    return [bytes(tensor.tolist()).rstrip(b"\0").decode() for tensor in tensors]
 
 
 @contextmanager
@@ -243,43 +226,14 @@ def together(processes):
         if processes == 1:
             raise
         refusal = str(error)[:2000]
-    refusal = next(filter(None, exchange(refusal, processes)), "")
-    if refusal:
+    for refusal in filter(None, exchange(refusal, processes)):
         raise UserError(refusal if os.environ.get("LOCAL_RANK", "0") == "0" else "")
 
 
-def gather(mine, processes):
-    """Put together the images that all processes made, of which process r has numbers r, r + processes, ..."""
-    parts = [torch.empty_like(mine) for _ in range(processes)]
-    if processes > 1:
-        dist.all_gather(parts, mine)
-    return torch.stack(parts, dim=1).flatten(0, 1) if processes > 1 else mine
-
-
-def save_picture(picture, path):
-    """Write a Pillow image as a PNG."""
+def save_picture(picture, path, **options):
+    """Write a Pillow image as the kind of file that the suffix of `path` says. options: Pillow's."""
     with atomic_file(path) as file:
-        picture.save(file, format="PNG")
-
-
-def save_animation(frames, columns, names, path):
-    """Write images in the making (N, frames, C, S, S), uint8, as an animated GIF of their grid; the last stays."""
-    first, *rest = [make_grid(images, columns, names) for images in frames.unbind(1)]
-    with atomic_file(path) as file:
-        first.save(file, format="GIF", save_all=True, append_images=rest, duration=[100] * len(rest) + [2000], loop=0)
-
-
-@contextmanager
-def npz_writer(path, name, dtype, shape, labels):
-    """An npz of an array `name` of this shape, and labels: yields a function that appends images, batch by batch.
-    Why not np.savez: 50,000 images of 512×512 are 39 GB, which need not be in memory."""
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(entry, header)
-            yield lambda images: entry.write(np.ascontiguousarray(images))
-        with archive.open("labels.npy", "w", force_zip64=True) as entry:
-            np.lib.format.write_array(entry, labels)
+        picture.save(file, format=Path(path).suffix[1:].upper(), **options)
 
 
 def find_label(name, classes):
@@ -306,9 +260,6 @@ def make_parser():
     add("--guide", metavar="RUN", help="guide by this weaker run or snapshot (default: by the null label)")
     add("--guide-ema", type=std, metavar="STD", help="EMA width of the guide; without --guide, of the same run")
     add("--guidance-interval", type=level, nargs=2, default=(0, 1e6), metavar=("LO", "HI"), help="LO < sigma <= HI")
-    add("--churn", type=level, default=0.0, help="S_churn, fresh noise at every step (default: 0, deterministic)")
-    add("--churn-interval", type=level, nargs=2, default=(0, 1e6), metavar=("LO", "HI"), help="S_tmin and S_tmax")
-    add("--churn-noise", type=level, default=1.0, help="S_noise, standard deviation of the fresh noise (default: 1)")
     add("--out", type=Path, help="FILE.png: a grid; FILE.npz: arr_0 and labels; no suffix: a directory for PNGs named "
                                  "by seed (default: grid.png in the run directory)")
     add("--gif", action="store_true", help="also write the grid as an animation of the denoising")
@@ -324,8 +275,8 @@ def main():
         args = make_parser().parse_args()
         device, run = choose_device(args.device), Path(args.run or newest_run())
         denoiser, facts = load_denoiser(run, device, args.ema)
-        config, guide, guide_facts, weaker = denoiser.net.config, None, None, args.guide or args.guide_ema
-        if weaker:
+        config, guide, guide_facts = denoiser.net.config, None, None
+        if args.guide or args.guide_ema:
             guide, guide_facts = load_denoiser(args.guide or run, device, args.guide_ema)
         check_guidance(config, facts, args.guidance, guide, guide_facts)
         for network in filter(None, (denoiser, guide)):
@@ -336,56 +287,55 @@ def main():
         homes = [path for path in (run, *run.parents) if path.is_dir() and path.name not in ("ema", "posthoc")]
         out = args.out or homes[0] / "grid.png"
         grid, npz, folder = (out.suffix == suffix for suffix in (".png", ".npz", ""))
-        rows = np.array([find_label(name, facts["classes"]) for name in args.labels or []]
-                        or range(max(config.num_classes, 1))[:16 if grid else None])
+        rows = [find_label(name, facts["classes"]) for name in args.labels or []]
+        rows = rows or range(max(config.num_classes, 1))[:16 if grid else None]
         total = args.count or len(rows) * args.columns
         cells = total * (args.steps + 1 if args.gif else 1) * max(config.image_size, 64) ** 2
         for wrong, text in (
-                (weaker and args.guidance == 1, "--guide: does nothing without --guidance"),
                 (args.labels and args.count, "--labels: does not go with --count"),
                 (not (grid or npz or folder), f"--out: {out} must end in .png or .npz, or have no suffix: a directory"),
                 (args.gif and (not grid or facts["latent"]), "--gif: goes with a grid of pixels"),
                 (args.guidance_interval[0] >= args.guidance_interval[1], "--guidance-interval: LO must be below HI"),
-                (args.churn_interval[0] >= args.churn_interval[1], "--churn-interval: LO must be below HI"),
                 (args.seed + total > 2**32, f"--seed: must leave the last one, {args.seed + total - 1}, below 2**32"),
-                (total > 10**8, f"--columns: makes {total:,} images, more than 10**8"),
                 (grid and cells > 10**8, f"--columns: {total:,} images are too many for a grid; use --out=FILE.npz"),
                 (folder and any(out.glob("*.png")), f"--out: {out} holds images already, which these would mix with")):
             if wrong:
                 raise UserError(text)
+        labels = deal_labels(facts["counts"], range(total)) if args.count else np.repeat(rows, args.columns)
         decode = (lambda images: images) if npz else load_decoder(facts, device)
         (out if folder else out.parent).mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
 
-    def labels(numbers):
-        return deal_labels(facts["counts"], numbers) if args.count else rows[np.asarray(numbers) // args.columns]
-
-    images, C, S = [], config.channels, config.image_size
-    if npz and rank == 0:
-        array = ("latents", np.float32, (total, C, S, S)) if facts["latent"] else ("arr_0", np.uint8, (total, S, S, C))
-        writer = npz_writer(out, *array, labels(range(total)))
-    else:
-        writer = nullcontext(images.append)
-    step, denoise = args.batch * processes, guided(denoiser, args.guidance, guide, args.guidance_interval)
-    with writer as keep:
-        for start in progress(range(0, total, step), "images", total, lambda start: min(step, total - start)):
-            end, share = min(start + step, total), min(args.batch, -(-(total - start) // processes))
-            mine = [min(start + rank + i * processes, end - 1) for i in range(share)]       # equal shares: some twice
-            made = decode(sample(denoiser, facts, labels(mine), [args.seed + i for i in mine], args.gif, denoise,
-                                 steps=args.steps, churn=args.churn, churn_interval=args.churn_interval,
-                                 churn_noise=args.churn_noise))
+    denoise = guided(denoiser, args.guidance, guide, args.guidance_interval)
+    share = range(rank, -(-total // processes) * processes, processes)      # equal ones: past the last is the first
+    batches = [share[i:i + args.batch] for i in range(0, len(share), args.batch)]
+    with tempfile.TemporaryFile(dir=out.parent) as scratch:                 # they may not fit into memory
+        for batch in progress(batches, "images", len(share), len):
+            numbers = [i % total for i in batch]
+            seeds = [args.seed + i for i in numbers]
+            images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps))
             if folder:
-                for i, image in zip(mine, made):
-                    save_picture(to_picture(image), out / f"{args.seed + i:06d}.png")
+                for seed, image in zip(seeds, images):
+                    save_picture(to_picture(image), out / f"{seed:06d}.png")
                 continue
-            made = gather(made, processes)[:end - start]
+            images = torch.stack(gather(images, processes), dim=1).flatten(0, 1)[:total - batch[0] + rank]
             if rank == 0:
-                keep(made.permute(0, 2, 3, 1) if npz and not facts["latent"] else made)
-    if images:
-        images = torch.cat(images)
-        names = [facts["classes"][row] for row in rows] if facts["classes"] and not args.count else ()
-        save_picture(make_grid(images[:, -1] if args.gif else images, args.columns, names), out)
-        if args.gif:
-            save_animation(images, args.columns, names, out.with_suffix(".gif"))
+                scratch.write(images.numpy())
+        if rank == 0 and not folder:
+            scratch.flush()
+            images = np.memmap(scratch, images.numpy().dtype, "r", shape=(total, *images.shape[1:]))
+            if npz:
+                arrays = {"latents": images} if facts["latent"] else {"arr_0": images.transpose(0, 2, 3, 1)}
+                with atomic_file(out) as file:
+                    np.savez(file, labels=labels, **arrays)
+            else:
+                frames = torch.tensor(images).view(total, -1, *images.shape[-3:]).unbind(1)     # one, or with --gif all
+                names = [facts["classes"][row] for row in rows] if facts["classes"] and not args.count else ()
+                grids = [make_grid(frame, args.columns, names) for frame in frames]
+                save_picture(grids[-1], out)
+                if args.gif:
+                    times = [100] * (len(grids) - 1) + [2000]               # ms
+                    save_picture(grids[0], out.with_suffix(".gif"), save_all=True, append_images=grids[1:],
+                                 duration=times, loop=0)
     print(out)
     leave_processes(processes)
 

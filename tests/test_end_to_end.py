@@ -117,7 +117,7 @@ def test_plain_networks_train_on_latents_alike_on_two_processes_and_sample_to_np
 
 
 def test_two_processes_draw_and_measure_the_same_images_as_one(trained, tmp_path):
-    draw = ["sample.py", trained[0], "--columns=1", "--steps=4", "--churn=2", "--guidance=2", "--ema=0.08"]
+    draw = ["sample.py", trained[0], "--columns=1", "--steps=4", "--guidance=2", "--ema=0.08"]
     measure = ["fid.py", "stats", trained[0], "--features=pixels", "--count=30", "--seed=5"]
     for command, close in ((draw, {"labels": 0, "arr_0": 1}), (measure, {"count": 0, "mu": 1e-3, "sigma": 1e-3})):
         done(*command, f"--out={tmp_path / 'one.npz'}")

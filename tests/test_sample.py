@@ -10,8 +10,7 @@ from conftest import call
 from data import UserError, make_grid
 from ema import load_file, reconstruct, save_file, save_snapshot
 from model import Denoiser, DiTConfig
-from sample import (check_guidance, deal_labels, find_label, guided, heun_sampler, load_denoiser, newest_run, sample,
-                    seeded_noise)
+from sample import check_guidance, deal_labels, find_label, guided, heun_sampler, load_denoiser, newest_run, sample
 
 
 def test_heun_solves_the_ode_of_gaussian_data_to_second_order_with_2n_minus_1_calls():
@@ -31,29 +30,21 @@ def test_heun_solves_the_ode_of_gaussian_data_to_second_order_with_2n_minus_1_ca
     assert len(calls) == 255 + 127 + 31 and calls[-1] == (pytest.approx(0.002), "labels")
 
 
-def test_noise_levels_and_churn_follow_edms_equation_5_and_algorithm_2():
-    """Against the algorithm written down step by step with the same noise."""
+def test_sampler_follows_edms_equation_5_and_algorithm_1():
+    """Against the algorithm written down step by step."""
     torch.manual_seed(0)
-    noise, fresh = torch.randn(2, 1, 2, 2, dtype=torch.float64), torch.randn(8, 2, 1, 2, 2, dtype=torch.float64)
+    noise = torch.randn(2, 1, 2, 2, dtype=torch.float64)
 
     def denoise(x, sigma, labels):
         return x / (1 + sigma**2)
 
-    x, used = noise * 80, 0
+    x = noise * 80
     t = [(80 ** (1 / 7) + i / 7 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(8)] + [0]
     for i in range(8):
-        gamma = min(2.0 / 8, 2**0.5 - 1) if 0.05 <= t[i] <= 50 else 0
-        t_hat = t[i] + gamma * t[i]
-        if gamma:
-            x = x + (t_hat**2 - t[i] ** 2) ** 0.5 * 1.1 * fresh[used]
-            used += 1
-        d = (x - denoise(x, t_hat, None)) / t_hat
-        euler = x + (t[i + 1] - t_hat) * d
-        x = x + (t[i + 1] - t_hat) * (d + (euler - denoise(euler, t[i + 1], None)) / t[i + 1]) / 2 if i < 7 else euler
-    ours = heun_sampler(denoise, noise, steps=8, churn=2.0, churn_interval=(0.05, 50), churn_noise=1.1,
-                        draw=iter(fresh).__next__)
-    assert 0 < used < 8
-    torch.testing.assert_close(ours, x, rtol=1e-10, atol=1e-12)
+        d = (x - denoise(x, t[i], None)) / t[i]
+        euler = x + (t[i + 1] - t[i]) * d
+        x = x + (t[i + 1] - t[i]) * (d + (euler - denoise(euler, t[i + 1], None)) / t[i + 1]) / 2 if i < 7 else euler
+    torch.testing.assert_close(heun_sampler(denoise, noise, steps=8), x, rtol=1e-10, atol=1e-12)
 
 
 def make_denoiser(seed):
@@ -93,7 +84,7 @@ def test_guides_that_do_not_fit_are_refused():
 
 def test_sample_scales_back_to_pixels_or_latents_and_keeps_frames_from_noise_to_image():
     labels, seeds = [0, 1, 2, 3, 0, 1, 2], range(7)                         # 3: no label
-    noise = seeded_noise(seeds, (1, 4, 4))()
+    noise = torch.stack([torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     x = heun_sampler(MAIN, noise, torch.tensor(labels), steps=4)            # of standard deviation 0.5
     images = sample(MAIN, FACTS, labels, seeds, steps=4)
     assert torch.equal(images, (x * 120 + 100).round().clamp(0, 255).to(torch.uint8))
@@ -106,8 +97,8 @@ def test_sample_scales_back_to_pixels_or_latents_and_keeps_frames_from_noise_to_
 
 
 def test_an_image_depends_on_its_label_and_seed_alone_whatever_the_batch():
-    many = sample(MAIN, FACTS, [i % 3 for i in range(64)], range(64), steps=6, churn=5)
-    alone = sample(MAIN, FACTS, [1], [7], steps=6, churn=5)
+    many = sample(MAIN, FACTS, [i % 3 for i in range(64)], range(64), steps=6)
+    alone = sample(MAIN, FACTS, [1], [7], steps=6)
     assert (alone[0].int() - many[7].int()).abs().max() <= 1 and len(many.unique(dim=0)) == 64  # 1: rounding
 
 
@@ -171,11 +162,10 @@ def test_every_option_of_the_command_reaches_the_sampler(tmp_path, monkeypatch):
     save_run(tmp_path, MAIN, 0.05, 20), save_run(tmp_path, GUIDE, 0.1, 20), save_run(tmp_path / "other", MAIN)
     plain, *others = [draw(words) for words in (
         "", "--guidance=3", "--guidance=3 --guide-ema=0.05", f"--guidance=2 --guide={tmp_path / 'other'}", "--seed=3",
-        "--guidance=3 --guidance-interval 0.3 9", "--churn=3", "--churn=3 --churn-interval 0.1 60", "--ema=0.05",
-        "--churn=3 --churn-noise=1.5", "--ema=0.07", "--count=6", "--labels 7 bee ant", "--labels ant", "--columns=3",
-        "--steps=5")]
+        "--guidance=3 --guidance-interval 0.3 9", "--ema=0.05", "--ema=0.07", "--count=6", "--labels 7 bee ant",
+        "--labels ant", "--columns=3", "--steps=5")]
     assert plain not in others and len(set(others)) == len(others) and plain[1] == (0, 0, 1, 1, 2, 2)
-    for words in ("--guidance=1 --churn=0 --ema=0.1 --labels ant bee 7 --seed=0", f"--guidance=3 --guide={tmp_path}",
+    for words in ("--guidance=1 --ema=0.1 --labels ant bee 7 --seed=0", f"--guidance=3 --guide={tmp_path}",
                   "--compile --precision=float32"):
         assert draw(words) == plain                                         # the defaults; guided by itself
     assert len(compiled) == 1
