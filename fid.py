@@ -35,29 +35,30 @@ URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_
 LAYOUT = "61093f3898ff55ee"                                                 # of the names and shapes in that file
 
 
-class FeatureStatistics:
-    """Mean and covariance of feature vectors (N, D), from sums in one pass, as EDM2 does it.
-    Why plain sums in float64: Inception's features have means near 0.3, so the subtraction of the mean at the end
-    loses nothing."""
-
-    count = sum = products = 0
-
-    def update(self, features):
-        x = (features.cpu() if features.device.type == "mps" else features).double()        # mps has no float64
-        self.count += len(x)
-        self.sum += x.sum(0)
-        self.products += x.T @ x
-
-    def finish(self, processes=1):
-        """mu (D,), sigma (D, D), the unbiased covariance, as numpy arrays, and the count; over all processes."""
-        count = torch.tensor(self.count)
-        total, products = (tensor.to("cpu", copy=True) for tensor in (self.sum, self.products))
-        if processes > 1:
-            for tensor in (count, total, products):
-                dist.all_reduce(tensor)
-        mean = total / count
-        sigma = (products - count * torch.outer(mean, mean)) / (count - 1).clamp(min=1)
-        return mean.numpy(), sigma.numpy(), int(count)
+@torch.no_grad()
+def statistics(name, source, features, batch, device, rank=0, processes=1):
+    """mu (D,), sigma (D, D), the unbiased covariance, as numpy arrays, and the number of the feature vectors (B, D) that
+    `features` makes of the images of a source, see open_run(); the same in every process.
+    Why plain sums in float64, as EDM2 has them: Inception's features have means near 0.3, so the subtraction of the
+    mean at the end loses nothing, and one pass is enough."""
+    count, draw, _ = source
+    total = products = 0
+    with together(processes):
+        if count < processes:
+            raise UserError(f"{name}: has {count} images for {processes} processes")
+        numbers = range(rank, count, processes)
+        batches = [numbers[i:i + batch] for i in range(0, len(numbers), batch)]
+        for part in progress(batches, f"{name}, images", len(numbers), len):
+            x = features(draw(part).to(device))
+            x = (x.cpu() if x.device.type == "mps" else x).double()         # mps has no float64
+            total, products = total + x.sum(0), products + x.T @ x
+    total, products = total.cpu(), products.cpu()
+    if processes > 1:
+        dist.all_reduce(total)
+        dist.all_reduce(products)
+    mean = total / count
+    sigma = (products - count * torch.outer(mean, mean)) / max(count - 1, 1)
+    return mean.numpy(), sigma.numpy(), count
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -86,23 +87,22 @@ def resize(x, size):
 
 def inception(images, weights):
     """The network of 2015-12-05: images uint8 RGB (B, 3, H, W) -> the 2048 pooled features of FID (B, 2048).
-    weights: the kernel and bias of each convolution, by its name in the public file. Why no widths are written here:
-    they are those of the kernels, and load_inception takes only kernels of the right shapes."""
+    weights: the tensors of the public file, by name. Why no widths are written here: they are those of the kernels, and
+    load_inception takes only kernels of the right shapes."""
     def conv(x, name, stride=None):                                         # the size stays, unless there is a stride
-        return F.relu(F.conv2d(x, *weights[name], stride or 1, 0 if stride else "same"))
+        x = F.conv2d(x, weights[f"{name}.conv.weight"], None, stride or 1, 0 if stride else "same")
+        norm = [weights[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.relu(F.batch_norm(x, *norm, eps=0.001), inplace=True)
 
     def branch(x, block, *names):
         for name in names:
             x = conv(x, f"{block}.branch{name}")
         return x
 
-    def average(x):                                                         # unlike torchvision's
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-    def maximum(x):
-        return F.max_pool2d(x, 3, stride=1, padding=1)
-
+    average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)    # not torchvision's
+    maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
     x = (resize(images.float(), 299) - 128) / 128
+    x = x.contiguous(memory_format=torch.channels_last)                     # which is faster on CPUs
     x = conv(conv(conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3", 1), "Conv2d_2b_3x3")
     x = F.max_pool2d(x, 3, stride=2)                                        # (B, 64, 73, 73)
     x = conv(conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", 1)
@@ -130,18 +130,6 @@ def inception(images, weights):
     return x.mean(dim=(2, 3))                                               # (B, 2048)
 
 
-def fold_normalization(state):
-    """Kernel and bias of each convolution of the weights file, by name, with its batch normalization folded in.
-    Why: one pass over the pixels is faster than two. The kernels' memory format is the one that is fastest on CPUs."""
-    weights = {}
-    for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
-        gain = state[f"{name}.bn.weight"] / (state[f"{name}.bn.running_var"] + 0.001).sqrt()
-        kernel = state[f"{name}.conv.weight"] * gain[:, None, None, None]
-        bias = state[f"{name}.bn.bias"] - state[f"{name}.bn.running_mean"] * gain
-        weights[name] = kernel.contiguous(memory_format=torch.channels_last), bias
-    return weights
-
-
 def load_inception(path=None, device="cpu"):
     """inception() with the public weights, from `path` or downloaded once into torch's cache. Raises UserError.
     Why the layout is compared: torchvision's Inception has the same convolutions, but is another network."""
@@ -154,7 +142,7 @@ def load_inception(path=None, device="cpu"):
         layout = sorted((name, tuple(value.shape)) for name, value in state.items())
         if sha256(repr(layout).encode()).hexdigest()[:16] != LAYOUT:
             raise ValueError("has other names or shapes than the public weights file")
-    return partial(inception, weights=fold_normalization(state))
+    return partial(inception, weights=state)
 
 
 def load_features(name, weights, device):
@@ -192,8 +180,11 @@ def read_statistics(path):
 
 
 def open_run(run, args, device, std):
-    """A function that draws the samples of a run with these numbers, and the shape (C, S, S) of its images. Sample i
+    """The samples of a run as a source: how many, a function from their numbers to uint8 images (B, C, H, W), and their
+    shape (C, S, S), or None for decoded latents. None for what is neither a run directory nor a snapshot. Sample i
     comes from seed args.seed + i; classes are as frequent as in the data of the run."""
+    if not (Path(run) / "ema").is_dir() and Path(run).suffix != ".pt":
+        return None
     denoiser, facts = load_denoiser(run, device, std)
     decode, config = load_decoder(facts, device), denoiser.net.config
     check_guidance(config, facts, args.guidance)
@@ -203,13 +194,13 @@ def open_run(run, args, device, std):
         seeds = [args.seed + i for i in numbers]
         return decode(sample(denoiser, facts, deal_labels(facts["counts"], numbers), seeds, denoise=denoise))
 
-    return draw, None if facts["latent"] else (config.channels, config.image_size, config.image_size)
+    return args.count, draw, None if facts["latent"] else (config.channels, config.image_size, config.image_size)
 
 
 def open_images(source, shape):
-    """How many images a source has, and a function from numbers to images, uint8 (B, C, H, W). shape: what to make of
-    them, by the preparation that data.py has for training, or None: they stay as they are, grey ones among colour in
-    colour. Why: a distance would also measure that one side was cropped or resized in another way."""
+    """Any other images as a source, see open_run(). shape: what to make of them, by the preparation that data.py has for
+    training, or None: they stay as they are, grey ones among colour in colour. Why: a distance would also measure that
+    one side was cropped or resized in another way."""
     ready = find_set(source) or not Path(source).exists()                   # load_dataset says what there is
     images = load_dataset(source).images if ready else open_source(source, Counter()).images
     with reading(source):
@@ -220,34 +211,20 @@ def open_images(source, shape):
     if os.environ.get("RANK", "0") == "0":
         print(f"{source}: {len(images):,} images, {form}", file=sys.stderr)
 
-    def prepare(image):
-        if image.dtype != np.uint8:
-            raise ValueError("holds latents; name images to compare with")
-        if shape is None:
-            return np.repeat(image, 3, 0) if colour and len(image) == 1 else image
-        return crop_and_resize(image, shape[1], shape[0], Counter())
-
     def read(numbers):
         with reading(source):
-            batch = [prepare(images[i]) for i in numbers]
+            batch = [images[i] for i in numbers]
+            if batch[0].dtype != np.uint8:
+                raise ValueError("holds latents; name images to compare with")
+            if shape:
+                batch = [crop_and_resize(image, shape[1], shape[0], Counter()) for image in batch]
+            elif colour:
+                batch = [np.repeat(image, 3 // len(image), axis=0) for image in batch]
             if len({image.shape for image in batch}) > 1:
                 raise ValueError("its images differ in size; python data.py with --size makes them alike")
             return torch.from_numpy(np.stack(batch))
 
-    return len(images), read
-
-
-@torch.no_grad()
-def statistics(source, total, draw, features, batch, device, rank, processes):
-    """mu, sigma and count of what draw(numbers) gives for the numbers below `total`, the same in every process."""
-    with together(processes):
-        if total < processes:
-            raise UserError(f"{source}: has {total} images for {processes} processes")
-        seen, numbers = FeatureStatistics(), range(rank, total, processes)
-        batches = [numbers[i:i + batch] for i in range(0, len(numbers), batch)]
-        for part in progress(batches, f"{source}, images", len(numbers), len):
-            seen.update(features(draw(part).to(device)))
-    return seen.finish(processes)
+    return len(images), read, shape
 
 
 def compare(a, b, names):
@@ -263,11 +240,9 @@ def compare(a, b, names):
 
 
 def dataset_of(run):
-    """Name of the dataset that a run directory was trained on. Raises UserError if it is not there any more."""
+    """Name of the dataset that a run directory was trained on."""
     with reading(f"{run}/config.toml"):
-        name = tomllib.loads(regular(Path(run) / "config.toml").read_text(encoding="utf-8"))["dataset"]
-        load_dataset(name)
-    return name
+        return tomllib.loads(regular(Path(run) / "config.toml").read_text(encoding="utf-8"))["dataset"]
 
 
 def make_parser():
@@ -295,39 +270,41 @@ def main():
     rank, processes = join_processes()
     with together(processes):
         args = make_parser().parse_args()
-        if len(args.sources) != (2 if args.command == "compare" else 1):
-            raise UserError("compare takes two sources, stats and sweep take one")
-        no_out = args.command == "stats" and Path(args.out or "").suffix != ".npz"
-        if no_out or (args.command == "sweep" and not args.std):
-            raise UserError("stats needs --out=FILE.npz, sweep needs --std")
-        if args.plot and args.plot.suffix != ".svg":
-            raise UserError(f"--plot: {args.plot} is not the name of a .svg file")
-        device, run = choose_device(args.device), args.sources[0]
+        device, names, widths = choose_device(args.device), args.sources, [args.ema] * len(args.sources)
+        for wrong, text in (
+                (len(names) != (2 if args.command == "compare" else 1), "compare takes two sources, the others one"),
+                (args.command == "stats" and Path(args.out or "").suffix != ".npz", "stats needs --out=FILE.npz"),
+                (args.command == "sweep" and not args.std, "sweep needs --std"),
+                (args.plot and args.plot.suffix != ".svg", f"--plot: {args.plot} is not the name of a .svg file")):
+            if wrong:
+                raise UserError(text)
         if args.command == "stats":
             args.out.parent.mkdir(parents=True, exist_ok=True)              # fails now rather than after the work
+        if args.command == "sweep":                                         # of the run at every width, to a reference
+            names = [args.reference or dataset_of(names[0])] + names * len(args.std)
+            widths += args.std
         features = load_features(args.features, args.weights, device)
-        names = args.sources if args.command != "sweep" else [args.reference or dataset_of(run)]
-        swept = [open_run(run, args, device, std) for std in args.std or [] if args.command == "sweep"]
-        runs = {name: open_run(name, args, device, args.ema) for name in names
-                if (Path(name) / "ema").is_dir() or Path(name).suffix == ".pt"}
-        shape = next((shape for _, shape in [*swept, *runs.values()]), None)
+        runs = [open_run(name, args, device, std) for name, std in zip(names, widths)]
+        if args.command == "sweep" and not runs[-1]:
+            raise UserError(f"{names[-1]}: is no run directory to sweep")
+        shape = next((run[2] for run in runs if run), None)
         known = [read_statistics(name) for name in names]
-        opened = [(args.count, runs[name][0]) if name in runs else found or open_images(name, shape)
-                  for name, found in zip(names, known)]
+        sources = [run or found or open_images(name, shape) for name, run, found in zip(names, runs, known)]
     common = features, args.batch, device, rank, processes
-    known = [found or statistics(name, *source, *common) for name, found, source in zip(names, known, opened)]
-    if args.command == "compare":
-        print(f"{compare(*known, names):.6g}")
-    elif args.command == "stats":
+    results = (found or statistics(name, source, *common) for name, found, source in zip(names, known, sources))
+    first = next(results)                                                   # and the others when they are asked for
+    if args.command == "stats":
+        mu, sigma, count = first
         if rank == 0:
-            mu, sigma, count = known[0]
             with atomic_file(args.out) as file:
                 np.savez(file, mu=mu, sigma=sigma, **({} if count is None else {"count": count}))
         print(args.out)
+    elif args.command == "compare":
+        print(f"{compare(first, next(results), names):.6g}")
     else:
         points = []
-        for std, (draw, _) in zip(args.std, swept):
-            points.append((std, compare(statistics(run, args.count, draw, *common), known[0], (run, names[0]))))
+        for std, name, result in zip(args.std, names[1:], results):
+            points.append((std, compare(result, first, (name, names[0]))))
             print(f"EMA width {std:.3f}  distance {points[-1][1]:.6g}", flush=True)
         print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:.3f}")
         if args.plot and rank == 0:

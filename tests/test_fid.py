@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import fid
 from conftest import Job, call
 from data import UserError
-from fid import FeatureStatistics, frechet_distance, load_inception, resize
+from fid import frechet_distance, load_inception, resize
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8)
 
@@ -44,11 +45,9 @@ def test_distance_of_nearly_equal_gaussians_is_not_negative():
 def test_mean_and_covariance_in_parts_equal_numpys_for_features_like_inceptions():
     generator = np.random.default_rng(0)
     features = generator.exponential(0.3, (1000, 12)) * generator.uniform(0.02, 2, 12)      # at least 0, mean near 0.3
-    for sizes in (1000, 100, [1, 2, 7, 490, 500]):
-        seen = FeatureStatistics()
-        for part in torch.from_numpy(features).split(sizes):
-            seen.update(part)
-        mu, sigma, count = seen.finish()
+    source = len(features), lambda numbers: torch.from_numpy(features[list(numbers)]), None
+    for batch in (1000, 100, 7, 1):
+        mu, sigma, count = fid.statistics("features", source, torch.clone, batch, torch.device("cpu"))
         assert count == 1000
         np.testing.assert_allclose(mu, features.mean(0), rtol=0, atol=1e-10)
         np.testing.assert_allclose(sigma, np.cov(features.T), rtol=0, atol=1e-10)
@@ -121,7 +120,6 @@ def test_network_takes_only_the_public_names_and_shapes_and_agrees_with_a_second
     torch.save(weights, tmp_path / "weights.pth")
     ours = load_inception(tmp_path / "weights.pth")(images)
     assert ours.shape == (1, 2048) and expected.std() > 0.01
-    # The second writing does not fold the batch normalization, so this also says that folding changes nothing.
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     weights = {name: torch.zeros(()).expand(value.shape) for name, value in weights.items()}
     fewer = {name: value for name, value in weights.items() if name != "Mixed_7c.branch_pool.bn.bias"}
