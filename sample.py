@@ -75,15 +75,14 @@ def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, steps=32)
     each step starts from and the result. Why a generator for each image: so that others in the batch do not change it.
     """
     config, device, seen = denoiser.net.config, next(denoiser.parameters()).device, []
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = config.channels, config.image_size, config.image_size
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def watch(x, sigma):                                                    # scaled back to the data's own range
         seen.append(x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data)))
 
     labels = torch.as_tensor(labels, device=device)
-    x = heun_sampler(denoise or denoiser, noise, labels, steps, watch=watch if frames else None)
+    x = heun_sampler(denoise or denoiser, noise.to(device), labels, steps, watch=watch if frames else None)
     x = torch.stack([*seen, x], dim=1) if frames else x
     return from_network(x, facts).cpu()
 
@@ -253,7 +252,7 @@ def make_parser():
     add("--labels", nargs="+", help="classes to draw, by name or number (default: all, for a grid the first 16)")
     add("--columns", type=number(int, 1, 10**8), default=10, help="images of each class (default: 10)")
     add("--count", type=number(int, 1, 10**8), help="number of images, with classes as often as in the data")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the first image, then seed + 1 (default: 0)")
+    add("--seed", type=number(int, 0, 4 * 10**9), default=0, help="seed of the first image, then seed + 1 (default: 0)")
     add("--batch", type=number(int, 1, 65536), default=256, help="images drawn at once (default: 256)")
     add("--steps", type=number(int, 2, 10000), default=32, help="sampler steps (default: 32)")
     add("--guidance", type=level, default=1.0, help="guidance strength (default: 1, none)")
@@ -296,20 +295,21 @@ def main():
                 (not (grid or npz or folder), f"--out: {out} must end in .png or .npz, or have no suffix: a directory"),
                 (args.gif and (not grid or facts["latent"]), "--gif: goes with a grid of pixels"),
                 (args.guidance_interval[0] >= args.guidance_interval[1], "--guidance-interval: LO must be below HI"),
-                (args.seed + total > 2**32, f"--seed: must leave the last one, {args.seed + total - 1}, below 2**32"),
+                (total > 10**8, f"--columns: makes {total:,} images, more than 10**8"),
                 (grid and cells > 10**8, f"--columns: {total:,} images are too many for a grid; use --out=FILE.npz"),
                 (folder and any(out.glob("*.png")), f"--out: {out} holds images already, which these would mix with")):
             if wrong:
                 raise UserError(text)
         labels = deal_labels(facts["counts"], range(total)) if args.count else np.repeat(rows, args.columns)
         decode = (lambda images: images) if npz else load_decoder(facts, device)
-        (out if folder else out.parent).mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
+        place = out if folder else out.parent
+        place.mkdir(parents=True, exist_ok=True)                            # fails now rather than after the work
 
     denoise = guided(denoiser, args.guidance, guide, args.guidance_interval)
-    share = range(rank, -(-total // processes) * processes, processes)      # equal ones: past the last is the first
+    share = range(rank, -(-total // processes) * processes, processes)      # of equal size, so perhaps past the last
     batches = [share[i:i + args.batch] for i in range(0, len(share), args.batch)]
-    with tempfile.TemporaryFile(dir=out.parent) as scratch:                 # they may not fit into memory
-        for batch in progress(batches, "images", len(share), len):
+    with tempfile.TemporaryFile(dir=place) as scratch:                      # for images that memory may not hold
+        for batch in progress(batches, "images", len(share) * processes, lambda batch: len(batch) * processes):
             numbers = [i % total for i in batch]
             seeds = [args.seed + i for i in numbers]
             images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps))
@@ -319,7 +319,7 @@ def main():
                 continue
             images = torch.stack(gather(images, processes), dim=1).flatten(0, 1)[:total - batch[0] + rank]
             if rank == 0:
-                scratch.write(images.numpy())
+                scratch.write(images.contiguous().numpy())
         if rank == 0 and not folder:
             scratch.flush()
             images = np.memmap(scratch, images.numpy().dtype, "r", shape=(total, *images.shape[1:]))
