@@ -158,24 +158,25 @@ def load_file(path):
     return content | {"sha256": sha256}
 
 
-def snapshot_path(folder, step, std):
-    """folder/<step>-<std>.pt, the width with three decimals or more."""
-    return Path(folder) / f"{step:07d}-{std:0<5}.pt"
+def write_snapshot(folder, snapshot):
+    """Write a dict of step, std, info, weights and buffers to folder/<step>-<std>.pt, and return that path."""
+    path = Path(folder) / f"{snapshot['step']:07d}-{snapshot['std']:0<5}.pt"            # 0.1 as 0.100
+    save_file(path, snapshot)
+    return path
 
 
 def save_snapshot(folder, average, step, std, info=None):
     """Write the snapshot of a module, and `info`, a dict of plain values. Returns its path. Parameters are stored in
     float16, those that it cannot hold in float32, buffers as they are."""
-    path, weights = snapshot_path(folder, step, std), {}
-    parameters = dict(average.named_parameters(remove_duplicate=False))
+    weights, parameters = {}, dict(average.named_parameters(remove_duplicate=False))
     for name, tensor in average.state_dict().items():
         weights[name] = tensor.cpu().contiguous()
         if name in parameters and tensor.is_floating_point():
             full, half = weights[name].float(), weights[name].half()
             weights[name] = full if (half.float() - full).norm() > 0.01 * full.norm() else half
     buffers = [name for name in weights if name not in parameters]
-    save_file(path, {"step": step, "std": std, "info": info or {}, "weights": weights, "buffers": buffers})
-    return path
+    snapshot = {"step": step, "std": std, "info": info or {}, "weights": weights, "buffers": buffers}
+    return write_snapshot(folder, snapshot)
 
 
 def list_snapshots(folder):
@@ -226,9 +227,7 @@ def main():
     try:
         folder = args.folder / "ema" if (args.folder / "ema").is_dir() else args.folder
         for snapshot in reconstruct(folder, args.std, args.step):
-            path = snapshot_path(folder / "posthoc", snapshot["step"], snapshot["std"])
-            save_file(path, snapshot)
-            print(path, flush=True)
+            print(write_snapshot(folder / "posthoc", snapshot), flush=True)
     except (ValueError, OSError) as error:
         parser.exit(2 if isinstance(error, ValueError) else 1, f"ema.py: {error}\n")
 

@@ -37,8 +37,8 @@ LAYOUT = "61093f3898ff55ee"                                                 # of
 
 @torch.no_grad()
 def statistics(name, source, features, batch, device, rank=0, processes=1):
-    """mu (D,), sigma (D, D), the unbiased covariance, as numpy arrays, and the number of the feature vectors (B, D) that
-    `features` makes of the images of a source, see open_run(); the same in every process.
+    """mu (D,), sigma (D, D), the unbiased covariance, as numpy arrays, and the number of the feature vectors (B, D)
+    that `features` makes of the images of a source, see open_run(); the same in every process.
     Why plain sums in float64, as EDM2 has them: Inception's features have means near 0.3, so the subtraction of the
     mean at the end loses nothing, and one pass is enough."""
     count, draw, _ = source
@@ -198,9 +198,9 @@ def open_run(run, args, device, std):
 
 
 def open_images(source, shape):
-    """Any other images as a source, see open_run(). shape: what to make of them, by the preparation that data.py has for
-    training, or None: they stay as they are, grey ones among colour in colour. Why: a distance would also measure that
-    one side was cropped or resized in another way."""
+    """Any other images as a source, see open_run(). shape: what to make of them, by the preparation that data.py has
+    for training, or None: they stay as they are, grey ones among colour in colour. Why: a distance would also measure
+    that one side was cropped or resized in another way."""
     ready = find_set(source) or not Path(source).exists()                   # load_dataset says what there is
     images = load_dataset(source).images if ready else open_source(source, Counter()).images
     with reading(source):
@@ -290,8 +290,8 @@ def main():
         shape = next((run[2] for run in runs if run), None)
         known = [read_statistics(name) for name in names]
         sources = [run or found or open_images(name, shape) for name, run, found in zip(names, runs, known)]
-    common = features, args.batch, device, rank, processes
-    results = (found or statistics(name, source, *common) for name, found, source in zip(names, known, sources))
+    results = (found or statistics(name, source, features, args.batch, device, rank, processes)
+               for name, found, source in zip(names, known, sources))
     first = next(results)                                                   # and the others when they are asked for
     if args.command == "stats":
         mu, sigma, count = first

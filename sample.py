@@ -27,18 +27,16 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @torch.no_grad()
-def heun_sampler(denoise, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0, watch=None):
+def heun_sampler(denoise, noise, labels=None, steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Follow the probability-flow ODE from noise to images with Heun's second-order method [EDM, Algorithm 1, Eq. 5].
 
     denoise(x, sigma, labels): the denoised images; x (B, C, S, S), sigma a float. noise: (B, C, S, S), unit normal.
-    watch(x, sigma): called with what each step starts from. Costs 2·steps - 1 calls of `denoise`, steps >= 2."""
+    Costs 2·steps - 1 calls of `denoise`, steps >= 2."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho     # Eq. 5
     sigmas = [*sigmas.tolist(), 0.0]
     x = noise * sigmas[0]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
-        if watch:
-            watch(x, sigma)
         slope = (x - denoise(x, sigma, labels)) / sigma
         x_next = x + (sigma_next - sigma) * slope                           # Euler
         if sigma_next > 0:
@@ -70,20 +68,21 @@ def deal_labels(counts, numbers):
 
 def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, steps=32):
     """Draw one image for each pair of label (num_classes for none) and seed (0 to 2**32 - 1), as one batch.
-    facts: of the dataset. denoise: the function to sample with (default: `denoiser`).
-    Returns uint8 (B, C, S, S) on the CPU, or float32 if these are latents; with `frames` (B, steps + 1, C, S, S), what
-    each step starts from and the result. Why a generator for each image: so that others in the batch do not change it.
-    """
-    config, device, seen = denoiser.net.config, next(denoiser.parameters()).device, []
+    facts: of the dataset. denoise: the function to sample with (default: `denoiser`). Returns uint8 (B, C, S, S) on the
+    CPU, or float32 if these are latents; with `frames` (B, steps + 1, C, S, S), what each step starts from and the
+    result. Why a generator for each image: so that it does not depend on the others of its batch."""
+    config, device, seen = denoiser.net.config, next(denoiser.parameters()).device, {}
+    denoise = denoise or denoiser
     shape = config.channels, config.image_size, config.image_size
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    def watch(x, sigma):                                                    # scaled back to the data's own range
-        seen.append(x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data)))
+    def watched(x, sigma, labels):                                          # what stays is Heun's x, the later one
+        seen[sigma] = x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data))    # in the data's own range
+        return denoise(x, sigma, labels)
 
     labels = torch.as_tensor(labels, device=device)
-    x = heun_sampler(denoise or denoiser, noise.to(device), labels, steps, watch=watch if frames else None)
-    x = torch.stack([*seen, x], dim=1) if frames else x
+    x = heun_sampler(watched if frames else denoise, noise.to(device), labels, steps)
+    x = torch.stack([*seen.values(), x], dim=1) if frames else x
     return from_network(x, facts).cpu()
 
 
@@ -312,14 +311,14 @@ def main():
         for batch in progress(batches, "images", len(share) * processes, lambda batch: len(batch) * processes):
             numbers = [i % total for i in batch]
             seeds = [args.seed + i for i in numbers]
-            images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps))
+            images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps)).contiguous()
             if folder:
                 for seed, image in zip(seeds, images):
                     save_picture(to_picture(image), out / f"{seed:06d}.png")
                 continue
             images = torch.stack(gather(images, processes), dim=1).flatten(0, 1)[:total - batch[0] + rank]
             if rank == 0:
-                scratch.write(images.contiguous().numpy())
+                scratch.write(images.numpy())
         if rank == 0 and not folder:
             scratch.flush()
             images = np.memmap(scratch, images.numpy().dtype, "r", shape=(total, *images.shape[1:]))
