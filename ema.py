@@ -187,8 +187,8 @@ def list_snapshots(folder):
 
 def reconstruct(folder, stds, step=None):
     """The averages of relative widths `stds` at `step` (None: the last), mixed from the snapshots in `folder`.
-    Returns a list of dicts as save_snapshot() writes them, with weights in float32; beside them, two snapshots are in
-    memory at a time. Warns on stderr of a width that the snapshots cannot express (on the digits, a residual of 0.03
+    Returns a list of dicts as save_snapshot() writes them, with weights in float32; beside them, three snapshots are
+    in memory at most. Warns on stderr of a width that the snapshots cannot express (on the digits, a residual of 0.03
     goes with weights 0.1 to 0.2% off). Raises ValueError, in one line, if they do not fit together."""
     sources = list_snapshots(folder)
     steps = sorted({s for s, _, _ in sources})
