@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from data import (Parser, UserError, crop_and_resize, download, find_set, load_dataset, number, open_source, progress,
                   reading, regular, run_main)
-from ema import atomic_file
+from ema import atomic_file, list_snapshots
 from sample import (check_guidance, choose_device, deal_labels, guided, join_processes, leave_processes, load_decoder,
                     load_denoiser, sample, together)
 
@@ -181,9 +181,9 @@ def read_statistics(path):
 
 def open_run(run, args, device, std):
     """The samples of a run as a source: how many, a function from their numbers to uint8 images (B, C, H, W), and their
-    shape (C, S, S), or None for decoded latents. None for what is neither a run directory nor a snapshot. Sample i
-    comes from seed args.seed + i; classes are as frequent as in the data of the run."""
-    if not (Path(run) / "ema").is_dir() and Path(run).suffix != ".pt":
+    shape (C, S, S), or None for decoded latents. None if `run` is no run directory, folder of snapshots or snapshot.
+    Sample i comes from seed args.seed + i; classes are as frequent as in the data of the run."""
+    if not ((Path(run) / "ema").is_dir() or list_snapshots(run) or Path(run).suffix == ".pt"):
         return None
     denoiser, facts = load_denoiser(run, device, std)
     decode, config = load_decoder(facts, device), denoiser.net.config
@@ -286,7 +286,7 @@ def main():
         features = load_features(args.features, args.weights, device)
         runs = [open_run(name, args, device, std) for name, std in zip(names, widths)]
         if args.command == "sweep" and not runs[-1]:
-            raise UserError(f"{names[-1]}: is no run directory to sweep")
+            raise UserError(f"{names[-1]} is no run directory to sweep")
         shape = next((run[2] for run in runs if run), None)
         known = [read_statistics(name) for name in names]
         sources = [run or found or open_images(name, shape) for name, run, found in zip(names, runs, known)]

@@ -308,7 +308,7 @@ def main():
     share = range(rank, -(-total // processes) * processes, processes)      # of equal size, so perhaps past the last
     batches = [share[i:i + args.batch] for i in range(0, len(share), args.batch)]
     with tempfile.TemporaryFile(dir=place) as scratch:                      # for images that memory may not hold
-        for batch in progress(batches, "images", len(share) * processes, lambda batch: len(batch) * processes):
+        for batch in progress(batches, "images", total, lambda batch: min(len(batch) * processes, total - batch[0])):
             numbers = [i % total for i in batch]
             seeds = [args.seed + i for i in numbers]
             images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps)).contiguous()
