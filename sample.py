@@ -331,10 +331,9 @@ def main():
                 names = [facts["classes"][row] for row in rows] if facts["classes"] and not args.count else ()
                 grids = [make_grid(frame, args.columns, names) for frame in frames]
                 save_picture(grids[-1], out)
-                if args.gif:
-                    times = [100] * (len(grids) - 1) + [2000]               # ms
+                if args.gif:                                                # 0.1 s for each frame, 2 s for the last
                     save_picture(grids[0], out.with_suffix(".gif"), save_all=True, append_images=grids[1:],
-                                 duration=times, loop=0)
+                                 duration=[100] * (len(grids) - 1) + [2000], loop=0)
     print(out)
     leave_processes(processes)
 
