@@ -171,24 +171,17 @@ def load_dataset(name):
         ready = ", ".join(sorted(path.parent.name for path in DATASETS.glob("[!.]*/about.json")))
         raise UserError(f"dataset: there is no {name[:200]!r}, but {ready}; python data.py SOURCE makes others ready")
     with reading(folder):
-        about, parts = json.loads((folder / "about.json").read_text(encoding="utf-8")), []
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise ValueError("was made ready by another version of this code; do it again with --overwrite")
-        facts, count = about["facts"], len(about["facts"]["counts"])
-        for part in ("", "holdout-"):
-            images, labels = (np.load(regular(folder / f"{part}{name}.npy"), mmap_mode="r", allow_pickle=False)
-                              for name in ("images", "labels"))
-            if not (images.shape == (len(labels), *images.shape[1:3], images.shape[2]) and labels.ndim == 1
-                    and images.dtype == (np.float32 if facts["latent"] else np.uint8)
-                    and len(np.bincount(labels, minlength=count)) == count):
+        arrays = [np.load(regular(folder / f"{name}.npy"), mmap_mode="r", allow_pickle=False)
+                  for name in ("images", "labels", "holdout-images", "holdout-labels")]
+        dataset, holdout = Dataset(*arrays[:2], about["facts"]), Dataset(*arrays[2:], about["facts"])
+        for part in (dataset, holdout):
+            if (part.images.dtype != (np.float32 if part.facts["latent"] else np.uint8)
+                    or part.images.shape != (len(part.labels), *dataset.images.shape[1:])
+                    or np.bincount(dataset.labels).tolist() != part.facts["counts"]):
                 raise ValueError("its files do not fit together; make the set ready again")
-            parts.append(Dataset(images, labels, facts))
-        dataset, holdout = parts
-        finite = np.isfinite(facts["mean"] + facts["std"]).all() and min(facts["std"]) > 0
-        channels = dataset.shape[0] if facts["latent"] else 1
-        if not (finite and len(facts["mean"]) == len(facts["std"]) == channels and dataset.shape == holdout.shape
-                and np.bincount(dataset.labels).tolist() == facts["counts"]):
-            raise ValueError("about.json does not fit its images; make the set ready again")
     return replace(dataset, holdout=holdout if len(holdout) else None)
 
 
@@ -208,12 +201,8 @@ def epoch_order(size, seed, epoch):
 def batch_indices(size, seed, start, count):
     """Indices of the images number start .. start+count-1 ever shown: epochs follow each other, each a new shuffle.
     Why a function of its arguments alone: a run can stop anywhere and go on, on any number of processes."""
-    parts = []
-    while count > 0:
-        epoch, offset = divmod(start, size)
-        parts.append(epoch_order(size, seed, epoch)[offset:offset + count])
-        start, count = start + len(parts[-1]), count - len(parts[-1])
-    return np.concatenate(parts)
+    epochs, places = np.divmod(np.arange(start, start + count), size)
+    return np.concatenate([epoch_order(size, seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
 def to_network(images, facts):
@@ -242,10 +231,10 @@ class Source:
     lines: list
 
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/|Thumbs\.db$)")
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-HELD_OUT = re.compile(r"(^|[-_./])(test|t10k|val|valid|validation|testing)([-_./]|$)", re.IGNORECASE)
+HELD_OUT = {"t10k", "test", "testing", "val", "valid", "validation"}        # names of parts and of their folders
+SPLITS = HELD_OUT | {"train", "training"}
 ARRAYS = re.compile(r"(?:.*[-_.])?images(?:[-.]idx3-ubyte)?|x_(?:train|val|test)|arr_0|"   # MNIST, MedMNIST, Keras, ADM
                     r"(?:data_batch_\d|test_batch|train|test)\.bin")                      # CIFAR-10, CIFAR-100
 
@@ -260,23 +249,28 @@ def labels_of(images):
     return re.sub("^x_", "y_", images.replace("images", "labels").replace("idx3", "idx1").replace("arr_0", "arr_1"))
 
 
+def list_folder(path):
+    """Names of all files below a folder. Links to folders are followed last, so that a class has its real name, and
+    each real folder is read once."""
+    names, seen, folders, links = [], set(), [""], []
+    while folders or links:
+        folder = (folders or links).pop()
+        if os.path.realpath(path / folder) in seen:
+            continue
+        seen.add(os.path.realpath(path / folder))
+        for entry in sorted(os.scandir(path / folder), key=lambda entry: entry.name, reverse=True):
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
+            else:
+                names.append(folder + entry.name)
+    return names
+
+
 def open_files(path):
     """The files of a folder, zip, npz or tar: their names, and a function that opens one by its name. Of a single file
     these are itself and the labels beside it. Why: then all of them are the same thing, names and bytes."""
     if path.is_dir():
-        def fail(error):                                                    # else os.walk would leave the folder out
-            raise error
-
-        names, seen, starts = [], set(), [path]                             # links are followed after all real folders
-        while starts:
-            for root, folders, files in os.walk(starts.pop(0), onerror=fail):
-                if os.path.realpath(root) in seen:
-                    folders.clear()
-                    continue
-                seen.add(os.path.realpath(root))
-                starts += [link for link in (Path(root, folder) for folder in sorted(folders)) if link.is_symlink()]
-                names += [Path(root, file).relative_to(path).as_posix() for file in files]
-        return names, lambda name: open(regular(path / name), "rb")
+        return list_folder(path), lambda name: open(regular(path / name), "rb")
     if zipfile.is_zipfile(regular(path)):
         archive = zipfile.ZipFile(path)
         pairs, opener = [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()], archive.open
@@ -303,12 +297,12 @@ def read_array(open_file, name):
         file.seek(0)
         if head[:6] == b"\x93NUMPY":
             return np.load(file, allow_pickle=False)
-        zeros, kind, dimensions = struct.unpack(">HBB", head[:4])
-        if name.endswith(".bin"):                                           # CIFAR-100: coarse label, label, pixels
-            return np.frombuffer(file.read(2**28), np.uint8).reshape(-1, 3074 if "batch" not in name else 3073)
-        if zeros or kind != 8:
+        if name.endswith(".bin"):
+            coarse = [("coarse", "u1")] if "batch" not in name else []      # CIFAR-100 has two labels
+            return np.frombuffer(file.read(2**28), [*coarse, ("labels", "u1"), ("images", "u1", (3, 32, 32))])
+        if head[:3] != b"\0\0\x08":
             raise ValueError(f"{name} is neither .npy nor an idx file of bytes")
-        sizes = struct.unpack(f">{dimensions}I", file.read(4 + 4 * dimensions)[4:])
+        sizes = struct.unpack(f">{head[3]}I", file.read(4 + 4 * head[3])[4:])
         return np.frombuffer(file.read(math.prod(sizes)), np.uint8).reshape(sizes)
 
 
@@ -344,39 +338,46 @@ def as_labels(values):
     return np.argsort(order)[labels].astype(np.int64), names
 
 
-def read_pair(open_file, name, labels):
-    """Images (N, C, H, W) in the file `name`, and the values in the file `labels` (N, ...), or None if that is None."""
-    array = read_array(open_file, name)
-    if name.endswith(".bin"):                                               # label and pixels in one record
-        return array[:, -3072:].reshape(-1, 3, 32, 32), array[:, -3073]
-    images, values = as_images(array), read_array(open_file, labels) if labels else None
-    if labels and len(values) != len(images):
-        raise ValueError(f"{labels} has {len(values):,} labels for {len(images):,} images")
-    return images, values
-
-
 def from_arrays(stems, found, open_file):
     """Images, values of their labels or None, and which are held out or None, from files of arrays: those of all files
     {stem: name} whose stem is in `found`, and their labels. A stem is a path without suffix."""
-    held = {stem: len(found) > 1 and bool(HELD_OUT.search(stem)) for stem in found}
-    if all(held.values()) or sum(not held[stem] for stem in found if "data_batch" not in stem) > 1:
+    held = [len(found) > 1 and bool(HELD_OUT & set(re.split("[-_./]", stem.lower()))) for stem in found]
+    if len({"data_batch" in stem or stem for stem, out in zip(found, held) if not out}) != 1:
         raise ValueError(f"holds several sets of images, {', '.join(found)[:200]}; choose the file of one")
-    pairs = []
+    images, values = [], []
     for stem in found:
         folder, slash, last = stem.rpartition("/")
-        beside = [stems.get(folder + slash + other) for other in (labels_of(last), "labels")]
-        pairs.append(read_pair(open_file, stems[stem], beside[0] or beside[1]))
-    images = np.concatenate([array for array, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
-    values = [values for _, values in pairs if values is not None]
-    if 0 < len(values) < len(pairs):
+        beside = stems.get(folder + slash + labels_of(last)) or stems.get(f"{folder}{slash}labels")
+        array = read_array(open_file, stems[stem])
+        if array.dtype.names:                                               # CIFAR's records hold both
+            array, labels = array["images"], array["labels"]
+        else:
+            labels = read_array(open_file, beside) if beside else None
+        images.append(as_images(array))
+        if labels is not None:
+            values.append(labels)
+            if len(labels) != len(array):
+                raise ValueError(f"{beside} has {len(labels):,} labels for {len(array):,} images")
+    if len(values) not in (0, len(images)):
         raise ValueError("has labels for some of its images only")
     values = np.concatenate(values) if values else None
-    listed = [name for name in stems.values() if re.search(r"(^|/)(batches\.meta|fine_label_names)\.txt$", name)]
-    for name in listed:                                                     # CIFAR's class names
-        with open_file(name) as file:
-            values = np.array(file.read(2**20).decode().split())[values]
-    held_out = np.repeat([held[stem] for stem in found], [len(array) for array, _ in pairs])
-    return images, values, held_out if held_out.any() else None
+    for name in stems.values():
+        if name.endswith(("batches.meta.txt", "fine_label_names.txt")):     # CIFAR's class names
+            with open_file(name) as file:
+                values = np.array(file.read(2**20).decode().split())[values]
+    held_out = np.repeat(held, [len(array) for array in images]) if any(held) else None
+    return np.concatenate(images) if len(images) > 1 else images[0], values, held_out
+
+
+def to_picture(image):
+    """One image (1 or 3, H, W), uint8, for Pillow."""
+    image = np.asarray(image)
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+
+
+def from_picture(picture, mode):
+    """A Pillow image as uint8: (1, H, W) for mode L, (3, H, W) for RGB."""
+    return np.atleast_3d(picture if picture.mode == mode else picture.convert(mode)).transpose(2, 0, 1)
 
 
 def decode(image, changes):
@@ -387,9 +388,9 @@ def decode(image, changes):
     image.load()
     if image.info or image.format == "TIFF":                                # where an orientation would be
         ImageOps.exif_transpose(image, in_place=True)
-    mode = "L" if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16") else "RGB"
     if image.mode in ("I", "F"):
         raise ValueError(f"has more than 16 bits a channel (mode {image.mode})")
+    mode = "L" if image.mode[:4] in ("1", "L", "LA", "La", "I;16") else "RGB"
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -397,36 +398,7 @@ def decode(image, changes):
         if image.getchannel("A").getextrema()[0] < 255:
             changes["with transparency, put on white"] += 1
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-
-
-class Pictures:
-    """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32. changes: see decode()."""
-
-    def __init__(self, path, names, open_file, changes):
-        self.path, self.names, self.open_file, self.changes = path, names, open_file, changes
-        self.limit = -1 if path.is_dir() else 2**30                         # whatever a zip says of sizes
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        name = self.names[i]
-        with reading(f"{self.path}/{name}"), self.open_file(name) as file:
-            content = BytesIO(file.read(self.limit))
-            if not name.lower().endswith(".npy"):
-                return decode(Image.open(content), self.changes)
-            latent = np.load(content, allow_pickle=False)
-            if latent.dtype != np.float32 or latent.ndim != 3 or len(latent) % 2 or not np.isfinite(latent).all():
-                raise ValueError("must be float32 (2C, S, S), mean and standard deviation of a VAE's posterior")
-            return latent
-
-
-def to_picture(image):
-    """One image (1 or 3, H, W), uint8, for Pillow."""
-    image = np.asarray(image)
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+    return from_picture(image, mode)
 
 
 def crop_and_resize(image, size, channels, changes):
@@ -438,27 +410,49 @@ def crop_and_resize(image, size, channels, changes):
     changes["not square, cropped to their centre"] += H != W
     changes["smaller than asked for, enlarged"] += side < (size or 0)
     changes["grey, made colour as others are"] += C < channels
-    top, left = (H - side) // 2, (W - side) // 2
-    picture = to_picture(image[:, top:top + side, left:left + side]).convert("L" if channels == 1 else "RGB")
-    pixels = np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    top, left, mode = (H - side) // 2, (W - side) // 2, "L" if channels == 1 else "RGB"
+    picture = to_picture(image[:, top:top + side, left:left + side]).convert(mode)
+    return from_picture(picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture, mode)
+
+
+@dataclass
+class Pictures:
+    """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32. changes: see decode()."""
+
+    path: Path
+    names: list
+    open_file: object
+    changes: Counter
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        name = self.names[i]
+        with reading(f"{self.path}/{name}"), self.open_file(name) as file:
+            content = BytesIO(file.read(2**30))                             # whatever a zip says of sizes
+            if not name.lower().endswith(".npy"):
+                return decode(Image.open(content), self.changes)
+            latent = np.load(content, allow_pickle=False)
+            if latent.dtype != np.float32 or latent.ndim != 3 or len(latent) % 2 or not np.isfinite(latent).all():
+                raise ValueError("must be float32 (2C, S, S), mean and standard deviation of a VAE's posterior")
+            return latent
 
 
 def labels_by_table(names, table, open_file, lines):
     """The value that a dataset.json [EDM], the file `table`, has for each file, or None if it has none at all."""
-    base = table.removesuffix("dataset.json")
     with open_file(table) as file:
-        pairs = json.loads(file.read(2**30).decode("utf-8-sig"))["labels"] or []
-    values = dict(pairs)
+        pairs = json.loads(file.read(2**30))["labels"] or []
+    values = {table.removesuffix("dataset.json") + name: value for name, value in pairs}
     if not values:
         lines.append("dataset.json has no labels")
         return None
-    missing = [name for name in names if not name.startswith(base) or name.removeprefix(base) not in values]
+    missing = [name for name in names if name not in values]
     if missing or len(values) < len(pairs):
         raise ValueError(f"has no label for {missing[0]}" if missing else "has two labels for one image")
     if len(values) > len(names):
         lines.append(f"dataset.json names images that are not there: {len(values) - len(names):,}")
-    return [values[name.removeprefix(base)] for name in names]
+    return [values[name] for name in names]
 
 
 def split_folders(names, lines):
@@ -468,36 +462,39 @@ def split_folders(names, lines):
         depth = len(os.path.commonprefix(folders))
         return [folder[depth:] for folder in folders]
 
-    folders, held_out = below([name.split("/")[:-1] for name in names]), None
-    top = sorted({folder[0] if folder else "" for folder in folders})
-    splits = [name for name in top if name.lower() in SPLITS]
-    if splits:
-        if splits != top or not {"train", "training"} & {name.lower() for name in splits}:
-            raise ValueError(f"has a folder {splits[0]}: if it is a split, there must be train beside it, and no other "
-                             "folder but splits; if it is a class, give it another name")
-        lines.append(f"the folders {', '.join(splits)} are splits: what is not train is held out")
-        held_out = np.array([folder[0].lower() not in ("train", "training") for folder in folders])
-        folders = below([folder[1:] for folder in folders])
-    inner = {name for folder in folders for name in folder[1:]}
-    if any(name.lower() in SPLITS for name in inner):
-        raise ValueError("has folders named like splits inside of others; splits must be the outermost folders")
-    return folders, held_out
+    folders = below([name.split("/")[:-1] for name in names])
+    splits = sorted({name for folder in folders for name in folder if name.lower() in SPLITS})
+    if not splits:
+        return folders, None
+    parts = [folder[0].lower() if folder else "" for folder in folders]
+    inside = [name for folder in folders for name in folder[1:] if name.lower() in SPLITS]
+    if inside or set(parts) - SPLITS or not set(parts) - HELD_OUT:
+        raise ValueError(f"has a folder {splits[0]}: if it is a split, splits must be the outermost folders, train among "
+                         "them, and no other folder; if it is a class, give it another name")
+    lines.append(f"the folders {', '.join(splits)} are splits: what is not train is held out")
+    return below([folder[1:] for folder in folders]), np.array([part in HELD_OUT for part in parts])
 
 
-def labels_by_folder(names, folders, lines):
-    """The folder that is the class of each file, or None if there are no classes."""
+def label_pictures(images, table, lines):
+    """Values of the labels of Pictures or None, and which are held out or None: by the file `table`, a dataset.json, if
+    there is one, else by the folders."""
+    names = images.names
+    folders, held_out = split_folders(names, lines)
+    flat = [name for name, folder in zip(names, folders) if not folder]
+    if table:
+        with reading(f"{images.path}/{table}"):
+            return labels_by_table(names, table, images.open_file, lines), held_out
     if all(re.search(r"(^|/)[0-9]{5}/img[0-9]{8}\.[^/]*$", name) for name in names):
         lines.append("the folders are numbered as EDM does it, so they are no classes; there is no dataset.json")
-        return None
-    flat = [name for name, folder in zip(names, folders) if not folder]
+        return None, held_out
     if flat and len(flat) < len(names):
         raise ValueError(f"{flat[0]} lies beside the folders of the classes; put it into one, or take it out")
-    return None if flat else [folder[0] for folder in folders]
+    return None if flat else [folder[0] for folder in folders], held_out
 
 
 def open_source(path, changes):
     """The Source in a folder or file, by what it holds. changes: a Counter, see decode(). Raises UserError."""
-    path, opened, lines, held_out = Path(path), set(), [], None
+    path, opened, lines = Path(path), set(), []
     with reading(path):
         every, open_any = open_files(path)
 
@@ -506,36 +503,32 @@ def open_source(path, changes):
             return open_any(name)
 
         names = sorted(name for name in every if not HIDDEN.search(name))
-        pictures = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
-        others = [name for name in names if name.lower().endswith(".npy")] + list(set(names) - set(pictures))
+        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
         stems = {re.sub(r"(\.npy|\.gz)+$", "", name).replace(".idx", "-idx"): name
-                 for name in sorted(others, reverse=True)}
-        found = sorted((stem for stem in stems if ARRAYS.fullmatch(stem.rpartition("/")[2])),
-                       key=lambda stem: (natural(stem.rpartition("/")[2]), stem))
-        if any(stem.rpartition("/")[2] == "data_batch_1" for stem in stems):
+                 for name in sorted(set(names) - set(pictures), reverse=True)}
+        found = [stem for stem in stems if ARRAYS.fullmatch(stem.split("/")[-1])]
+        found.sort(key=lambda stem: stem.split("/")[::-1])                  # CIFAR's batches by their numbers
+        latents = [name for name in names if name.lower().endswith(".npy") and not found]
+        if "data_batch_1" in {stem.split("/")[-1] for stem in stems}:
             raise ValueError("holds pickles, which can run code; take the binary archive: python data.py cifar10")
+        if pictures and (found or latents):
+            other = f"an array of images, {found[0]}" if found else ".npy latents"
+            raise ValueError(f"holds both pictures and {other}; take one of them out")
         if found:
-            pictures = [name for name in pictures if not name.endswith(".npy")]
-            if pictures:
-                raise ValueError(f"holds both pictures and an array of images, {found[0]}; take one of them out")
             images, values, held_out = from_arrays(stems, found, open_file)
-        elif path.suffix.lower() == ".npz":
+        elif latents and path.suffix.lower() == ".npz":
             raise ValueError(f"has arrays {', '.join(stems)[:200]}, but none called arr_0, images, x_train or "
                              "train_images")
-        elif not pictures:
+        elif not pictures and not latents:
             raise ValueError("there are no images in it, of a kind that this reads")
-        elif len({name.lower().endswith(".npy") for name in pictures}) > 1:
-            raise ValueError("holds both pictures and .npy latents")
         elif path.is_file() and not zipfile.is_zipfile(path):
             raise ValueError("is a tar of pictures, which is slow to read in any order; unpack it")
         else:
-            images, (folders, held_out) = Pictures(path, pictures, open_any, changes), split_folders(pictures, lines)
-            table = next((name for name in names if name.rpartition("/")[2] == "dataset.json"), None)
-            with reading(f"{path}/{table}" if table else path):
-                values = (labels_by_table(pictures, table, open_file, lines) if table else
-                          labels_by_folder(pictures, folders, lines))
+            images = Pictures(path, pictures or latents, open_file, changes)
+            table = next((name for name in names if name.split("/")[-1] == "dataset.json"), None)
+            values, held_out = label_pictures(images, table, lines)
         labels, classes = (np.zeros(len(images), np.int64), []) if values is None else as_labels(values)
-    left = set(names) - opened - set(pictures)
+    left = set(names) - opened - set(pictures + latents)
     left = Counter(name if name.endswith(".npy") else os.path.splitext(name)[1] or name for name in left)
     left |= {"hidden": len(every) - len(names)}
     left = [f"{count:,} {ascii(kind)[1:-1]}" for kind, count in sorted(left.items()) if count]
@@ -570,20 +563,15 @@ def download(url, path, sha256):
             torch.hub.download_url_to_file(url, str(path), sha256)
 
 
-def write_header(file, count, image):
-    """Write the header of an .npy file of `count` such images; numpy pads it, so that another count fits in its place.
-    """
-    file.seek(0)
-    header = {"descr": image.dtype.str, "fortran_order": False, "shape": (count, *image.shape)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
 def write_images(files, source, made, changes, channels=1):
     """Write the images of a Source into two open files, those to train on and those held out; made, changes: see
     write_set(). Returns the numbers of the images in each. Unless the source itself holds images out, the hash of an
     image decides, so that copies of one image stay together."""
     changes.clear()
     first, numbers = None, ([], [])
+    for file in files:
+        file.seek(128)                                                      # after the header, which is written last
+        file.truncate()
     for i in progress(range(len(source.images)), "images made ready", len(source.images)):
         try:
             image = source.images[i]
@@ -593,21 +581,14 @@ def write_images(files, source, made, changes, channels=1):
             print(f"left out: {error}", file=sys.stderr)
             changes["that cannot be read, left out"] += 1
             continue
-        if made["size"] and image.dtype != np.uint8:
-            raise UserError(f"--size: {made['source']} holds latents, which cannot be resized")
         if len(image) > channels:                                           # not grey after all: begin again
             return write_images(files, source, made, changes, len(image))
         image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
-        if first is None:
-            first = image
-            for file in files:
-                file.truncate(0)
-                write_header(file, 0, first)
-        if image.shape != first.shape or image.shape[1] != image.shape[2]:
-            name = source.images.names[i] if isinstance(source.images, Pictures) else f"image {i}"
-            hint = "; choose one with --size" if image.dtype == np.uint8 else ""
-            raise UserError(f"{made['source']}: {name} is {'x'.join(map(str, image.shape))}, the first is "
-                            f"{'x'.join(map(str, first.shape))}: images must be square and of one size{hint}")
+        first = image if first is None else first
+        if image.shape != first.shape or image.shape[1] != image.shape[2] or made["size"] not in (None, image.shape[1]):
+            raise UserError(f"{made['source']}: {source.images.names[i]} is {'x'.join(map(str, image.shape))}, the first "
+                            f"is {'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
+                            "pictures so, but not latents")
         share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
         held = share < made["holdout"] if source.held_out is None else bool(source.held_out[i])
         files[held].write(image)
@@ -615,71 +596,68 @@ def write_images(files, source, made, changes, channels=1):
     if not numbers[0]:
         raise UserError(f"{made['source']}: no image is left to train on")
     for file, part in zip(files, numbers):
-        write_header(file, len(part), first)
+        file.seek(0)
+        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(part), *first.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
     return numbers
 
 
 def statistics(images):
     """Mean and standard deviation of all pixels, or of each channel of latents: float64 (1,) or (C,)."""
-    latent, total, square = images.dtype == np.float32, 0.0, 0.0
+    latent, count, total, square = images.dtype == np.float32, 0, 0.0, 0.0
     for part in np.array_split(images, min(len(images), images.size // 2**22 + 1)):
-        part = (part if latent else part.reshape(len(part), 1, -1, 1)).astype(float)
-        halves = np.split(part, 2, axis=1) if latent else [part]            # means, and deviations of a posterior
-        total = total + halves[0].sum((0, 2, 3))
-        square = square + sum(np.einsum("nchw,nchw->c", half, half) for half in halves)
-    count = images[:, 0].size if latent else images.size
+        part = part.astype(float)
+        halves = np.split(part, 2, axis=1) if latent else [part.reshape(len(part), 1, -1, 1)]       # means, deviations
+        count += halves[0][:, 0].size
+        total += halves[0].sum((0, 2, 3))
+        square += sum(np.einsum("nchw,nchw->c", half, half) for half in halves)
     return total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
 
 
 def make_grid(images, columns, names=()):
     """Images (N, C, S, S), uint8, as one Pillow image, row by row, the names of the rows at their left; small ones are
     enlarged by whole pixels."""
-    enlarge = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    cell, rows = images.shape[-1] + 2, -(-len(images) // columns)
+    side = images.shape[-1] * max(1, 64 // images.shape[-1])
+    cell, rows = side + 2, -(-len(images) // columns)
     font, names = ImageFont.load_default(12), [name[:16] for name in names]
     margin = 2 + max((10 + int(font.getlength(name)) for name in names), default=0)
-    sheet = torch.full((images.shape[1], rows * cell + 2, columns * cell + margin), 48, dtype=torch.uint8)
+    sheet = Image.new("L" if images.shape[1] == 1 else "RGB", (columns * cell + margin, rows * cell + 2), "#303030")
     for i, image in enumerate(images):
-        top, left = i // columns * cell + 2, i % columns * cell + margin
-        sheet[:, top:top + cell - 2, left:left + cell - 2] = image
-    picture = to_picture(sheet)
+        picture = to_picture(image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, (i % columns * cell + margin, i // columns * cell + 2))
     for row, name in enumerate(names):
-        ImageDraw.Draw(picture).text((margin - 6, row * cell + cell // 2), name, "white", font, anchor="rm")
-    return picture
+        ImageDraw.Draw(sheet).text((margin - 6, row * cell + cell // 2), name, "white", font, anchor="rm")
+    return sheet
 
 
 def contact_sheet(dataset):
     """Ten images of each of the first 16 classes, or 100 without labels; of latents, three channels of their means."""
-    order, classes, C = epoch_order(len(dataset), 0, 0), dataset.facts["classes"], dataset.shape[0]
-    rows = [order[dataset.labels[order] == label][:10] for label in range(min(len(classes), 16))]
-    rows = rows or np.array_split(order[:100], 10)
-    side = min(dataset.shape[1], 128)
-    sheet = torch.zeros(len(rows), 10, 1 if C < 3 else 3, side, side, dtype=torch.uint8)            # short rows: black
-    for cells, row in zip(sheet, rows):
+    order, classes, C = epoch_order(len(dataset), 0, 0), dataset.facts["classes"][:16], dataset.shape[0]
+    rows = [order[dataset.labels[order] == label][:10] for label in range(len(classes))]
+    cells = []
+    for row in rows or np.array_split(order[:100], 10):
         images = torch.from_numpy(dataset.images[row])
         if dataset.facts["latent"]:
             images = to_network(images[:, :C], dataset.facts).add(1).mul(127.5).clamp(0, 255)
-        images = images[:, :cells.shape[1]]
-        if side < images.shape[-1]:
-            images = torch.nn.functional.interpolate(images.float(), side, mode="area")
-        cells[:len(row)] = images.to(torch.uint8)
-    return make_grid(sheet.flatten(0, 1), 10, classes[:16])
+        images = images[:, :1 if C < 3 else 3].float()
+        images = torch.nn.functional.interpolate(images, min(dataset.shape[1], 128), mode="area")
+        cells.append(torch.nn.functional.pad(images, (0,) * 7 + (10 - len(row),)))         # short rows end in black
+    return make_grid(torch.cat(cells).to(torch.uint8), 10, classes)
 
 
 def write_set(folder, source, made, changes):
     """Write a Source as a set into `folder`. made: how, {"source", "size", "holdout", "skip_broken"}; changes: a
     Counter, which is filled with what was done to how many images."""
-    hashes = {name: hashlib.sha256() for name in ("images", "labels", "classes")}
     with open(folder / "images.npy", "wb") as train, open(folder / "holdout-images.npy", "wb") as holdout:
         numbers = write_images((train, holdout), source, made, changes)
+    pixels = hashlib.sha256()
     for part, prefix in zip(numbers, ("", "holdout-")):
         np.save(folder / f"{prefix}labels.npy", source.labels[part])
         images = np.load(folder / f"{prefix}images.npy", mmap_mode="r")
-        hashes["images"].update(str(images.shape).encode())                 # where the held-out part begins
-        hashes["images"].update(images)
-        hashes["labels"].update(source.labels[part])
-    hashes["classes"].update(json.dumps(source.classes).encode())
+        pixels.update(str(images.shape).encode())                           # where the held-out part begins
+        pixels.update(images)
+    hashes = {"images": pixels, "labels": hashlib.sha256(source.labels[numbers[0] + numbers[1]]),
+              "classes": hashlib.sha256(json.dumps(source.classes).encode())}
     counts = np.bincount(source.labels[numbers[0]], minlength=len(source.classes))
     if not counts.all():
         raise UserError(f"{made['source']}: no image of {source.classes[counts.argmin()]!r} is left to train on; "
@@ -714,11 +692,11 @@ def main():
         raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")
     stem = re.sub(r"(\.(zip|npz|npy|tar|tgz|gz))+$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
     name = args.name or (f"{stem}-{args.size}" if args.size else stem)
-    if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or name == "downloads" or not args.source:
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or name == "downloads":
         raise UserError(f"--name: {name[:60]!r} is not made of letters, digits and . + - _")
     folder = DATASETS / name
-    made = {"source": args.source if named else os.path.abspath(path)} | {
-        option: getattr(args, option) for option in ("size", "holdout", "skip_broken")}
+    made = {"source": args.source if named else os.path.abspath(path), "size": args.size, "holdout": args.holdout,
+            "skip_broken": args.skip_broken}
     if folder.exists() and not (args.overwrite and (folder / "about.json").is_file()):
         with reading(folder):
             theirs = json.loads(regular(folder / "about.json").read_text(encoding="utf-8")).get("made", {})
@@ -726,7 +704,7 @@ def main():
                  if theirs.get(option) != value]
         if other:
             raise UserError(f"{folder} was made with {'; '.join(other)}; choose another --name, or --overwrite")
-        lines.append(f"{folder} is ready; if its source has changed since, use --overwrite")
+        lines = [f"{folder} is ready; if its source has changed since, use --overwrite"]
     else:
         if named:
             base, files = DOWNLOADS[args.source]
@@ -743,7 +721,7 @@ def main():
             if folder.exists():
                 folder.rename(making.with_name("before"))                   # which goes away with what is around it
             making.rename(folder)
-        lines += source.lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
+        lines = source.lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
     dataset = load_dataset(name)
     C, S, _ = dataset.shape
     mean, std = (", ".join(f"{value:.4g}" for value in dataset.facts[name]) for name in ("mean", "std"))
