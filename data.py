@@ -3,22 +3,19 @@
     python data.py fashion-mnist            # fetched by name: mnist, fashion-mnist, cifar10, cifar100
     python data.py ~/pictures --size=64     # a folder or zip of images or latents, idx, npz, npy, a CIFAR archive
 
-A set made ready is a few files: images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the mean and
-standard deviation of a VAE's posterior [EDM2]; labels.npy, int64 (N,); holdout-images.npy and holdout-labels.npy, which
-training never sees; about.json, with class names, statistics and hashes; contact-sheet.png, what the model will see.
-Why: whatever is odd about files shows here, once, and not in the middle of a training on eight GPUs. Only this file
-knows formats; read it after sample.py.
+That is images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the mean and standard deviation of a VAE's
+posterior [EDM2]; labels.npy, int64 (N,); holdout-images.npy and holdout-labels.npy, which training never sees;
+about.json, with class names, statistics and hashes; contact-sheet.png, what the model will see. Why: whatever is odd
+about files shows here, once, and not in the middle of a training on eight GPUs. Read it after sample.py.
 """
 
 import argparse
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import socket
-import struct
 import sys
 import tarfile
 import tempfile
@@ -29,8 +26,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +41,7 @@ warnings.filterwarnings("ignore", module="PIL")                             # wh
 
 
 class UserError(ValueError):
-    """A mistake that its user can correct, said in one line. All else but an OSError is a bug and keeps its traceback.
-    """
+    """A mistake that its user can correct, said in one line. All else but an OSError is a bug, with a traceback."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,13 +120,12 @@ def progress(items, what, total, size=lambda item: 1):
 
 @dataclass
 class Dataset:
-    """A set made ready: images (N, C, S, S) and labels (N,), mapped from disk, `facts`, what a run keeps of its data
-    (latent, mean, std, class names, counts, hashes), and the held-out part, a Dataset with the same facts, or None."""
+    """A set made ready, its arrays mapped from disk."""
 
-    images: np.ndarray
-    labels: np.ndarray
-    facts: dict
-    holdout: "Dataset | None" = None
+    images: np.ndarray                                                      # (N, C, S, S), of latents (N, 2C, S, S)
+    labels: np.ndarray                                                      # (N,)
+    facts: dict                                                             # what a run keeps of its data
+    holdout: "Dataset | None" = None                                        # the held-out part, with the same facts
 
     def __len__(self):
         return len(self.images)
@@ -143,16 +139,15 @@ class Dataset:
         """Yield [images, labels] on `device` for each array of indices. Why a thread: it reads ahead during a step."""
         def read(indices):
             tensors = [torch.from_numpy(array[indices]) for array in (self.images, self.labels)]
-            return [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors]
+            tensors = [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors]
+            return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
+        index_lists = iter(index_lists)
         with ThreadPoolExecutor(1) as reader:
-            waiting = []
-            for indices in index_lists:
-                waiting.append(reader.submit(read, indices))
-                if len(waiting) > 2:
-                    yield [tensor.to(device, non_blocking=True) for tensor in waiting.pop(0).result()]
-            for ready in waiting:
-                yield [tensor.to(device, non_blocking=True) for tensor in ready.result()]
+            waiting = [reader.submit(read, indices) for indices in islice(index_lists, 3)]
+            while waiting:
+                yield waiting.pop(0).result()
+                waiting += [reader.submit(read, indices) for indices in islice(index_lists, 1)]
 
 
 def find_set(name):
@@ -177,11 +172,9 @@ def load_dataset(name):
         arrays = [np.load(regular(folder / f"{name}.npy"), mmap_mode="r", allow_pickle=False)
                   for name in ("images", "labels", "holdout-images", "holdout-labels")]
         dataset, holdout = Dataset(*arrays[:2], about["facts"]), Dataset(*arrays[2:], about["facts"])
-        for part in (dataset, holdout):
-            if (part.images.dtype != (np.float32 if part.facts["latent"] else np.uint8)
-                    or part.images.shape != (len(part.labels), *dataset.images.shape[1:])
-                    or np.bincount(dataset.labels).tolist() != part.facts["counts"]):
-                raise ValueError("its files do not fit together; make the set ready again")
+        if (np.bincount(dataset.labels).tolist() != dataset.facts["counts"] or dataset.shape != holdout.shape
+                or any(len(part) != len(part.labels) for part in (dataset, holdout))):
+            raise ValueError("its files do not fit together; make the set ready again")
     return replace(dataset, holdout=holdout if len(holdout) else None)
 
 
@@ -220,15 +213,13 @@ def from_network(x, facts):
 
 @dataclass
 class Source:
-    """What open_source() finds. images: a sequence of arrays (C, H, W), uint8 or float32; labels: int64 (N,), zeros if
-    there are no classes; held_out: bool (N,), or None if the source has no such part; lines: what its user should know.
-    """
+    """What open_source() finds."""
 
-    images: "np.ndarray | Pictures"
-    labels: np.ndarray
-    classes: list
-    held_out: np.ndarray | None
-    lines: list
+    images: "np.ndarray | Pictures"                                         # a sequence of (C, H, W), uint8 or float32
+    labels: np.ndarray                                                      # int64 (N,), zeros if there are no classes
+    classes: list                                                           # their names
+    held_out: np.ndarray | None                                             # bool (N,); None: it has no such part
+    lines: list                                                             # what its user should know
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -237,40 +228,30 @@ HELD_OUT = {"t10k", "test", "testing", "val", "valid", "validation"}        # na
 SPLITS = HELD_OUT | {"train", "training"}
 ARRAYS = re.compile(r"(?:.*[-_.])?images(?:[-.]idx3-ubyte)?|x_(?:train|val|test)|arr_0|"   # MNIST, MedMNIST, Keras, ADM
                     r"(?:data_batch_\d|test_batch|train|test)\.bin")                      # CIFAR-10, CIFAR-100
-
-
-def natural(name):
-    """A sort key by which "class 2" comes before "class 10"."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+LABELS = {"images": "labels", "idx3": "idx1", "x_": "y_", "arr_0": "arr_1"}             # and so their labels are called
 
 
 def labels_of(images):
-    """The name under which the labels of an array or file of images go."""
-    return re.sub("^x_", "y_", images.replace("images", "labels").replace("idx3", "idx1").replace("arr_0", "arr_1"))
-
-
-def list_folder(path):
-    """Names of all files below a folder. Links to folders are followed last, so that a class has its real name, and
-    each real folder is read once."""
-    names, seen, folders, links = [], set(), [""], []
-    while folders or links:
-        folder = (folders or links).pop()
-        if os.path.realpath(path / folder) in seen:
-            continue
-        seen.add(os.path.realpath(path / folder))
-        for entry in sorted(os.scandir(path / folder), key=lambda entry: entry.name, reverse=True):
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
-            else:
-                names.append(folder + entry.name)
-    return names
+    """The path under which the labels of an array or file of images go; CIFAR's are in the same file."""
+    return re.sub(r"(images|idx3|\bx_|arr_0)(?=[^/]*$)", lambda found: LABELS[found[0]], images)
 
 
 def open_files(path):
     """The files of a folder, zip, npz or tar: their names, and a function that opens one by its name. Of a single file
     these are itself and the labels beside it. Why: then all of them are the same thing, names and bytes."""
     if path.is_dir():
-        return list_folder(path), lambda name: open(regular(path / name), "rb")
+        names, seen, folders, links = [], set(), [""], []
+        while folders or links:                                             # links come last: a class has its own name
+            folder = (folders or links).pop()
+            if os.path.realpath(path / folder) in seen:
+                continue
+            seen.add(os.path.realpath(path / folder))
+            for entry in sorted(os.scandir(path / folder), key=lambda entry: entry.name, reverse=True):
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
+                else:
+                    names.append(folder + entry.name)
+        return names, lambda name: open(regular(path / name), "rb")
     if zipfile.is_zipfile(regular(path)):
         archive = zipfile.ZipFile(path)
         pairs, opener = [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()], archive.open
@@ -280,30 +261,31 @@ def open_files(path):
     else:
         stem = path.name.removesuffix(".gz")
         beside = [path.with_name(labels_of(stem) + end) for end in ("", ".gz") if labels_of(stem) != stem]
-        labels = [("labels", file) for file in beside if file.is_file()]
-        pairs, opener = [("images", path), *labels[:1]], lambda file: open(file, "rb")
+        pairs = [("images", path), *[("labels", file) for file in beside if file.is_file()][:1]]
+        opener = partial(open, mode="rb")
     files = {re.sub(r"^(\.?/)+", "", name.replace("\\", "/")): file for name, file in pairs}
     if len(files) < len(pairs):
         raise ValueError("holds several files of the same name")
     return list(files), lambda name: opener(files[name])
 
 
-def read_array(open_file, name):
-    """The array in a file: .npy, idx of bytes, or CIFAR's records, gzipped or not, told apart by what it holds."""
+def read_array(open_file, name, field):
+    """The array in a file: .npy, idx of bytes, or a field of CIFAR's records; gzipped or not, told by what it holds."""
     with open_file(name) as raw:
         file = gzip.open(raw) if raw.read(2) == b"\x1f\x8b" else raw
         raw.seek(0)
-        head = file.read(8)
+        head = file.read(6)
         file.seek(0)
-        if head[:6] == b"\x93NUMPY":
+        if head == b"\x93NUMPY":
             return np.load(file, allow_pickle=False)
         if name.endswith(".bin"):
             coarse = [("coarse", "u1")] if "batch" not in name else []      # CIFAR-100 has two labels
-            return np.frombuffer(file.read(2**28), [*coarse, ("labels", "u1"), ("images", "u1", (3, 32, 32))])
+            records = [*coarse, ("labels", "u1"), ("images", "u1", (3, 32, 32))]
+            return np.frombuffer(file.read(2**28), records)[field]
         if head[:3] != b"\0\0\x08":
             raise ValueError(f"{name} is neither .npy nor an idx file of bytes")
-        sizes = struct.unpack(f">{head[3]}I", file.read(4 + 4 * head[3])[4:])
-        return np.frombuffer(file.read(math.prod(sizes)), np.uint8).reshape(sizes)
+        sizes = np.frombuffer(file.read(4 + 4 * head[3]), ">u4")[1:]
+        return np.frombuffer(file.read(), np.uint8).reshape(sizes)
 
 
 def as_images(array):
@@ -320,22 +302,21 @@ def as_images(array):
 
 def as_labels(values):
     """Labels 0, 1, ... and class names for one value an image: whole numbers, texts or one-hot vectors. Classes are the
-    values that occur, in natural order."""
+    values that occur, in natural order: 2 before 10."""
     values = np.asarray(values)
     if values.ndim == 2 and values.shape[1] == 1:                           # as MedMNIST has them
         values = values[:, 0]
-    if values.ndim == 2 and ((values == 0) | (values == 1)).all() and (values.sum(1) == 1).all():
+    elif values.ndim == 2 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
         values = values.argmax(1)
-    if values.dtype.kind == "f" and (abs(values) < 2**53).all() and (values % 1 == 0).all():
+    if values.dtype.kind == "f" and (values % 1 == 0).all():
         values = values.astype(np.int64)
     if values.ndim != 1 or values.dtype.kind not in "iubU":
         raise ValueError("labels must be one whole number, one text or one one-hot vector for each image")
-    found, labels = np.unique(values, return_inverse=True)
-    order = sorted(range(len(found)), key=lambda i: natural(str(found[i])))
-    names = [str(found[i]) for i in order]
-    if not all(name.isprintable() for name in names):
+    found, labels = np.unique(values.astype(str), return_inverse=True)
+    if not all(name.isprintable() for name in found):
         raise ValueError("names of classes must be printable text")
-    return np.argsort(order)[labels].astype(np.int64), names
+    order = np.argsort([re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name) for name in found], kind="stable")
+    return np.argsort(order)[labels], found[order].tolist()
 
 
 def from_arrays(stems, found, open_file):
@@ -346,18 +327,12 @@ def from_arrays(stems, found, open_file):
         raise ValueError(f"holds several sets of images, {', '.join(found)[:200]}; choose the file of one")
     images, values = [], []
     for stem in found:
-        folder, slash, last = stem.rpartition("/")
-        beside = stems.get(folder + slash + labels_of(last)) or stems.get(f"{folder}{slash}labels")
-        array = read_array(open_file, stems[stem])
-        if array.dtype.names:                                               # CIFAR's records hold both
-            array, labels = array["images"], array["labels"]
-        else:
-            labels = read_array(open_file, beside) if beside else None
-        images.append(as_images(array))
-        if labels is not None:
-            values.append(labels)
-            if len(labels) != len(array):
-                raise ValueError(f"{beside} has {len(labels):,} labels for {len(array):,} images")
+        beside = stems.get(labels_of(stem)) or stems.get(re.sub("[^/]*$", "labels", stem, count=1))
+        images.append(as_images(read_array(open_file, stems[stem], "images")))
+        if beside:
+            values.append(read_array(open_file, beside, "labels"))
+            if len(values[-1]) != len(images[-1]):
+                raise ValueError(f"{beside} has {len(values[-1]):,} labels for {len(images[-1]):,} images")
     if len(values) not in (0, len(images)):
         raise ValueError("has labels for some of its images only")
     values = np.concatenate(values) if values else None
@@ -390,7 +365,7 @@ def decode(image, changes):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F"):
         raise ValueError(f"has more than 16 bits a channel (mode {image.mode})")
-    mode = "L" if image.mode[:4] in ("1", "L", "LA", "La", "I;16") else "RGB"
+    mode = "L" if Image.getmodebase(image.mode) == "L" else "RGB"
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -417,12 +392,12 @@ def crop_and_resize(image, size, channels, changes):
 
 @dataclass
 class Pictures:
-    """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32. changes: see decode()."""
+    """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32."""
 
     path: Path
     names: list
     open_file: object
-    changes: Counter
+    changes: Counter                                                        # see decode()
 
     def __len__(self):
         return len(self.names)
@@ -440,7 +415,7 @@ class Pictures:
 
 
 def labels_by_table(names, table, open_file, lines):
-    """The value that a dataset.json [EDM], the file `table`, has for each file, or None if it has none at all."""
+    """The value that the file `table`, a dataset.json [EDM], has for each file, or None if it has none at all."""
     with open_file(table) as file:
         pairs = json.loads(file.read(2**30))["labels"] or []
     values = {table.removesuffix("dataset.json") + name: value for name, value in pairs}
@@ -455,41 +430,30 @@ def labels_by_table(names, table, open_file, lines):
     return [values[name] for name in names]
 
 
-def split_folders(names, lines):
-    """The folders of each file below the lowest one that holds all, and which files are held out, or None. Folders
-    train, val, test and the like there are splits and are taken off."""
-    def below(folders):
-        depth = len(os.path.commonprefix(folders))
-        return [folder[depth:] for folder in folders]
-
-    folders = below([name.split("/")[:-1] for name in names])
-    splits = sorted({name for folder in folders for name in folder if name.lower() in SPLITS})
-    if not splits:
-        return folders, None
-    parts = [folder[0].lower() if folder else "" for folder in folders]
-    inside = [name for folder in folders for name in folder[1:] if name.lower() in SPLITS]
-    if inside or set(parts) - SPLITS or not set(parts) - HELD_OUT:
-        raise ValueError(f"has a folder {splits[0]}: if it is a split, splits must be the outermost folders, train among "
-                         "them, and no other folder; if it is a class, give it another name")
-    lines.append(f"the folders {', '.join(splits)} are splits: what is not train is held out")
-    return below([folder[1:] for folder in folders]), np.array([part in HELD_OUT for part in parts])
-
-
 def label_pictures(images, table, lines):
-    """Values of the labels of Pictures or None, and which are held out or None: by the file `table`, a dataset.json, if
-    there is one, else by the folders."""
-    names = images.names
-    folders, held_out = split_folders(names, lines)
-    flat = [name for name, folder in zip(names, folders) if not folder]
+    """Values of the labels of Pictures or None, and which are held out or None. Labels are those of the file `table`, a
+    dataset.json, else the outermost folders that differ; folders train, val, test and the like there are splits."""
+    levels = zip_longest(*(name.split("/")[:-1] for name in images.names), fillvalue="")
+    levels, held_out = [level for level in levels if len(set(level)) > 1], None         # a folder of each file
+    splits = sorted({folder for level in levels for folder in level if folder.lower() in SPLITS})
+    if splits:
+        parts = [folder.lower() for folder in levels.pop(0)]
+        inside = [folder for level in levels for folder in level if folder.lower() in SPLITS]
+        if inside or set(parts) - SPLITS or not set(parts) - HELD_OUT:
+            raise ValueError(f"has a folder {splits[0]}: if it is a split, splits must be the outermost folders, train "
+                             "among them, and no other folder; if it is a class, give it another name")
+        lines.append(f"the folders {', '.join(splits)} are splits: what is not train is held out")
+        held_out = np.array([part in HELD_OUT for part in parts])
     if table:
         with reading(f"{images.path}/{table}"):
-            return labels_by_table(names, table, images.open_file, lines), held_out
-    if all(re.search(r"(^|/)[0-9]{5}/img[0-9]{8}\.[^/]*$", name) for name in names):
+            return labels_by_table(images.names, table, images.open_file, lines), held_out
+    if all(re.search(r"(^|/)[0-9]{5}/img[0-9]{8}\.[^/]*$", name) for name in images.names):
         lines.append("the folders are numbered as EDM does it, so they are no classes; there is no dataset.json")
         return None, held_out
-    if flat and len(flat) < len(names):
-        raise ValueError(f"{flat[0]} lies beside the folders of the classes; put it into one, or take it out")
-    return None if flat else [folder[0] for folder in folders], held_out
+    if levels and "" in levels[0]:
+        raise ValueError(f"{images.names[levels[0].index('')]} lies beside the folders of the classes; put it into one, "
+                         "or take it out")
+    return levels[0] if levels else None, held_out
 
 
 def open_source(path, changes):
@@ -516,11 +480,9 @@ def open_source(path, changes):
             raise ValueError(f"holds both pictures and {other}; take one of them out")
         if found:
             images, values, held_out = from_arrays(stems, found, open_file)
-        elif latents and path.suffix.lower() == ".npz":
-            raise ValueError(f"has arrays {', '.join(stems)[:200]}, but none called arr_0, images, x_train or "
-                             "train_images")
-        elif not pictures and not latents:
-            raise ValueError("there are no images in it, of a kind that this reads")
+        elif not pictures and (not latents or path.suffix.lower() == ".npz"):
+            raise ValueError(f"has arrays {', '.join(latents)[:200]}, but none called arr_0, images, x_train or "
+                             "train_images" if latents else "there are no images in it, of a kind that this reads")
         elif path.is_file() and not zipfile.is_zipfile(path):
             raise ValueError("is a tar of pictures, which is slow to read in any order; unpack it")
         else:
@@ -564,9 +526,8 @@ def download(url, path, sha256):
 
 
 def write_images(files, source, made, changes, channels=1):
-    """Write the images of a Source into two open files, those to train on and those held out; made, changes: see
-    write_set(). Returns the numbers of the images in each. Unless the source itself holds images out, the hash of an
-    image decides, so that copies of one image stay together."""
+    """Write the images of a Source into two open files, those to train on and those held out. Returns their numbers.
+    Unless the source itself holds images out, the hash of an image decides, so that its copies stay together."""
     changes.clear()
     first, numbers = None, ([], [])
     for file in files:
@@ -585,9 +546,10 @@ def write_images(files, source, made, changes, channels=1):
             return write_images(files, source, made, changes, len(image))
         image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
         first = image if first is None else first
-        if image.shape != first.shape or image.shape[1] != image.shape[2] or made["size"] not in (None, image.shape[1]):
-            raise UserError(f"{made['source']}: {source.images.names[i]} is {'x'.join(map(str, image.shape))}, the first "
-                            f"is {'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
+        C, H, W = image.shape
+        if image.shape != first.shape or H != W or made["size"] not in (None, H):
+            raise UserError(f"{made['source']}: {source.images.names[i]} is {C}x{H}x{W}, the first is "
+                            f"{'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
                             "pictures so, but not latents")
         share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
         held = share < made["holdout"] if source.held_out is None else bool(source.held_out[i])
@@ -604,14 +566,11 @@ def write_images(files, source, made, changes, channels=1):
 
 def statistics(images):
     """Mean and standard deviation of all pixels, or of each channel of latents: float64 (1,) or (C,)."""
-    latent, count, total, square = images.dtype == np.float32, 0, 0.0, 0.0
-    for part in np.array_split(images, min(len(images), images.size // 2**22 + 1)):
-        part = part.astype(float)
-        halves = np.split(part, 2, axis=1) if latent else [part.reshape(len(part), 1, -1, 1)]       # means, deviations
-        count += halves[0][:, 0].size
-        total += halves[0].sum((0, 2, 3))
-        square += sum(np.einsum("nchw,nchw->c", half, half) for half in halves)
-    return total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
+    halves = np.split(images, 2, axis=1) if images.dtype == np.float32 else [images.reshape(len(images), 1, -1, 1)]
+    count = halves[0][:, 0].size
+    mean = np.einsum("nchw->c", halves[0], dtype=float) / count
+    square = sum(np.einsum("nchw,nchw->c", half, half, dtype=float) for half in halves) / count
+    return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
 def make_grid(images, columns, names=()):
