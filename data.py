@@ -13,6 +13,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -22,11 +23,11 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from io import BytesIO
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -139,8 +140,7 @@ class Dataset:
         """Yield [images, labels] on `device` for each array of indices. Why a thread: it reads ahead during a step."""
         def read(indices):
             tensors = [torch.from_numpy(array[indices]) for array in (self.images, self.labels)]
-            tensors = [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors]
-            return [tensor.to(device, non_blocking=True) for tensor in tensors]
+            return [(x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True) for x in tensors]
 
         index_lists = iter(index_lists)
         with ThreadPoolExecutor(1) as reader:
@@ -152,9 +152,7 @@ class Dataset:
 
 def find_set(name):
     """The directory of the set made ready as datasets/<name>, or `name` itself if it is one, or None."""
-    for folder in (Path(name), DATASETS / name):
-        if (folder / "about.json").is_file():
-            return folder
+    return next((folder for folder in (Path(name), DATASETS / name) if (folder / "about.json").is_file()), None)
 
 
 def load_dataset(name):
@@ -211,17 +209,9 @@ def from_network(x, facts):
     return x if facts["latent"] else x.round().clamp(0, 255).to(torch.uint8)
 
 
-@dataclass
-class Source:
-    """What open_source() finds."""
-
-    images: "np.ndarray | Pictures"                                         # a sequence of (C, H, W), uint8 or float32
-    labels: np.ndarray                                                      # int64 (N,), zeros if there are no classes
-    classes: list                                                           # their names
-    held_out: np.ndarray | None                                             # bool (N,); None: it has no such part
-    lines: list                                                             # what its user should know
-
-
+# What open_source() finds. images: a sequence of arrays (C, H, W), uint8 or float32; labels: int64 (N,), zeros if there
+# are no classes; held_out: bool (N,), or None if the source has no such part; lines: what its user should know.
+Source = namedtuple("Source", ["images", "labels", "classes", "held_out", "lines"])
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/|Thumbs\.db$)")
 HELD_OUT = {"t10k", "test", "testing", "val", "valid", "validation"}        # names of parts and of their folders
@@ -260,9 +250,9 @@ def open_files(path):
         pairs, opener = [(member.name, member) for member in archive if not member.isdir()], archive.extractfile
     else:
         stem = path.name.removesuffix(".gz")
-        beside = [path.with_name(labels_of(stem) + end) for end in ("", ".gz") if labels_of(stem) != stem]
-        pairs = [("images", path), *[("labels", file) for file in beside if file.is_file()][:1]]
-        opener = partial(open, mode="rb")
+        beside = [path.with_name(labels_of(stem) + end) for end in ("", ".gz")]
+        labels = [("labels", file) for file in beside if file.is_file() and labels_of(stem) != stem]
+        pairs, opener = [("images", path), *labels[:1]], lambda file: open(file, "rb")
     files = {re.sub(r"^(\.?/)+", "", name.replace("\\", "/")): file for name, file in pairs}
     if len(files) < len(pairs):
         raise ValueError("holds several files of the same name")
@@ -284,19 +274,17 @@ def read_array(open_file, name, field):
             return np.frombuffer(file.read(2**28), records)[field]
         if head[:3] != b"\0\0\x08":
             raise ValueError(f"{name} is neither .npy nor an idx file of bytes")
-        sizes = np.frombuffer(file.read(4 + 4 * head[3]), ">u4")[1:]
-        return np.frombuffer(file.read(), np.uint8).reshape(sizes)
+        sizes = np.frombuffer(file.read(4 + 4 * head[3]), ">u4")[1:].tolist()
+        return np.frombuffer(file.read(math.prod(sizes)), np.uint8).reshape(sizes)
 
 
 def as_images(array):
-    """Images (N, H, W), (N, H, W, C) or (N, C, H, W) as (N, C, H, W). Raises ValueError if they are not uint8."""
-    if array.dtype != np.uint8:
-        raise ValueError(f"holds {array.dtype} images; save them as uint8 from 0 to 255, for values from 0 to 1 by "
-                         "(images * 255).round().astype('uint8')")
-    shaped = array[:, None] if array.ndim == 3 else array
+    """Images (N, H, W), (N, H, W, C) or (N, C, H, W) as (N, C, H, W). Raises ValueError for what is not that."""
+    shaped = array[..., None] if array.ndim == 3 else array                 # (N, H, W, 1)
     shaped = shaped.transpose(0, 3, 1, 2) if shaped.ndim == 4 and shaped.shape[3] in (1, 3) else shaped
-    if shaped.ndim != 4 or shaped.shape[1] not in (1, 3) or not array.size:
-        raise ValueError(f"holds an array {array.shape}; images are (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3")
+    if array.dtype != np.uint8 or shaped.ndim != 4 or shaped.shape[1] not in (1, 3) or not array.size:
+        raise ValueError(f"holds {array.dtype} {array.shape}; images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) "
+                         "with C 1 or 3; of values from 0 to 1 save (images * 255).round().astype('uint8')")
     return shaped
 
 
@@ -304,17 +292,14 @@ def as_labels(values):
     """Labels 0, 1, ... and class names for one value an image: whole numbers, texts or one-hot vectors. Classes are the
     values that occur, in natural order: 2 before 10."""
     values = np.asarray(values)
-    if values.ndim == 2 and values.shape[1] == 1:                           # as MedMNIST has them
-        values = values[:, 0]
-    elif values.ndim == 2 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
+    values = values.ravel() if values.size == len(values) else values       # MedMNIST's are (N, 1)
+    if values.ndim == 2 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
         values = values.argmax(1)
     if values.dtype.kind == "f" and (values % 1 == 0).all():
         values = values.astype(np.int64)
-    if values.ndim != 1 or values.dtype.kind not in "iubU":
-        raise ValueError("labels must be one whole number, one text or one one-hot vector for each image")
+    if values.ndim != 1 or values.dtype.kind not in "iubU" or not "".join(values.astype(str)).isprintable():
+        raise ValueError("labels must be one whole number, one text or one one-hot vector for each image, printable")
     found, labels = np.unique(values.astype(str), return_inverse=True)
-    if not all(name.isprintable() for name in found):
-        raise ValueError("names of classes must be printable text")
     order = np.argsort([re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name) for name in found], kind="stable")
     return np.argsort(order)[labels], found[order].tolist()
 
@@ -350,11 +335,6 @@ def to_picture(image):
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
-def from_picture(picture, mode):
-    """A Pillow image as uint8: (1, H, W) for mode L, (3, H, W) for RGB."""
-    return np.atleast_3d(picture if picture.mode == mode else picture.convert(mode)).transpose(2, 0, 1)
-
-
 def decode(image, changes):
     """A Pillow image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises ValueError where something would be lost
     unseen; what is done to it is counted in `changes`."""
@@ -373,7 +353,7 @@ def decode(image, changes):
         if image.getchannel("A").getextrema()[0] < 255:
             changes["with transparency, put on white"] += 1
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return from_picture(image, mode)
+    return np.atleast_3d(image if image.mode == mode else image.convert(mode)).transpose(2, 0, 1)
 
 
 def crop_and_resize(image, size, channels, changes):
@@ -385,19 +365,17 @@ def crop_and_resize(image, size, channels, changes):
     changes["not square, cropped to their centre"] += H != W
     changes["smaller than asked for, enlarged"] += side < (size or 0)
     changes["grey, made colour as others are"] += C < channels
-    top, left, mode = (H - side) // 2, (W - side) // 2, "L" if channels == 1 else "RGB"
-    picture = to_picture(image[:, top:top + side, left:left + side]).convert(mode)
-    return from_picture(picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture, mode)
+    top, left = (H - side) // 2, (W - side) // 2
+    picture = to_picture(image[:, top:top + side, left:left + side]).convert("L" if channels == 1 else "RGB")
+    picture = picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture
+    return np.atleast_3d(picture).transpose(2, 0, 1)
 
 
-@dataclass
 class Pictures:
-    """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32."""
+    """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32. changes: see decode()."""
 
-    path: Path
-    names: list
-    open_file: object
-    changes: Counter                                                        # see decode()
+    def __init__(self, path, names, open_file, changes):
+        self.path, self.names, self.open_file, self.changes = path, names, open_file, changes
 
     def __len__(self):
         return len(self.names)
@@ -433,8 +411,8 @@ def labels_by_table(names, table, open_file, lines):
 def label_pictures(images, table, lines):
     """Values of the labels of Pictures or None, and which are held out or None. Labels are those of the file `table`, a
     dataset.json, else the outermost folders that differ; folders train, val, test and the like there are splits."""
-    levels = zip_longest(*(name.split("/")[:-1] for name in images.names), fillvalue="")
-    levels, held_out = [level for level in levels if len(set(level)) > 1], None         # a folder of each file
+    levels = zip_longest(*(name.split("/")[:-1] for name in images.names), fillvalue="")     # a folder of each file
+    levels, held_out = [level for level in levels if len(set(level)) > 1], None
     splits = sorted({folder for level in levels for folder in level if folder.lower() in SPLITS})
     if splits:
         parts = [folder.lower() for folder in levels.pop(0)]
@@ -451,8 +429,8 @@ def label_pictures(images, table, lines):
         lines.append("the folders are numbered as EDM does it, so they are no classes; there is no dataset.json")
         return None, held_out
     if levels and "" in levels[0]:
-        raise ValueError(f"{images.names[levels[0].index('')]} lies beside the folders of the classes; put it into one, "
-                         "or take it out")
+        stray = images.names[levels[0].index("")]
+        raise ValueError(f"{stray} lies beside the folders of the classes; put it into one, or take it out")
     return levels[0] if levels else None, held_out
 
 
@@ -516,8 +494,7 @@ FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 def download(url, path, sha256):
-    """Fetch a file that is not at `path` yet; it appears there whole, with this SHA-256 (or its beginning), or not. A
-    file that its user put there is taken as it is."""
+    """Fetch a file unless there is one at `path`. It appears there whole and with this SHA-256, or its beginning."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)                                        # torch.hub has no time-out of its own
@@ -574,8 +551,7 @@ def statistics(images):
 
 
 def make_grid(images, columns, names=()):
-    """Images (N, C, S, S), uint8, as one Pillow image, row by row, the names of the rows at their left; small ones are
-    enlarged by whole pixels."""
+    """Images (N, C, S, S), uint8, as one Pillow image, small ones enlarged, the names of the rows at their left."""
     side = images.shape[-1] * max(1, 64 // images.shape[-1])
     cell, rows = side + 2, -(-len(images) // columns)
     font, names = ImageFont.load_default(12), [name[:16] for name in names]
@@ -638,8 +614,8 @@ def main():
     parser.add_argument("source", help=f"{', '.join(DOWNLOADS)}, or the path of a folder or file")
     parser.add_argument("--name", help="the set goes to datasets/NAME (default: the source's name, and -SIZE)")
     parser.add_argument("--size", type=number(int, 1, 8192), help="crop images to their centre, resize to this side")
-    parser.add_argument("--holdout", type=number(float, 0, 0.9), default=0.05, help="share of the images to hold out "
-                        "from training, if the source has no such part of its own (default: 0.05)")
+    parser.add_argument("--holdout", type=number(float, 0, 0.9), default=0.05,
+                        help="share of the images to hold out, if the source has no test part (default: 0.05)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     args = parser.parse_args()
@@ -659,8 +635,7 @@ def main():
     if folder.exists() and not (args.overwrite and (folder / "about.json").is_file()):
         with reading(folder):
             theirs = json.loads(regular(folder / "about.json").read_text(encoding="utf-8")).get("made", {})
-        other = [f"{option} {theirs.get(option)!r}, not {value!r}" for option, value in made.items()
-                 if theirs.get(option) != value]
+            other = [f"{key} {theirs.get(key)!r}, not {value!r}" for key, value in made.items() - theirs.items()]
         if other:
             raise UserError(f"{folder} was made with {'; '.join(other)}; choose another --name, or --overwrite")
         lines = [f"{folder} is ready; if its source has changed since, use --overwrite"]
@@ -672,7 +647,8 @@ def main():
                 download(base + file, path / file, sha256)
             path = path / file if len(files) == 1 else path
         source = open_source(path, changes)
-        source.classes = FASHION if args.source == "fashion-mnist" else source.classes
+        if args.source == "fashion-mnist":
+            source = source._replace(classes=FASHION)
         with tempfile.TemporaryDirectory(dir=DATASETS, prefix=".making-") as making:
             making = Path(making) / name
             making.mkdir()
