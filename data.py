@@ -140,14 +140,15 @@ class Dataset:
         """Yield [images, labels] on `device` for each array of indices. Why a thread: it reads ahead during a step."""
         def read(indices):
             tensors = [torch.from_numpy(array[indices]) for array in (self.images, self.labels)]
-            return [(x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True) for x in tensors]
+            return [tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors]
 
         index_lists = iter(index_lists)
         with ThreadPoolExecutor(1) as reader:
-            waiting = [reader.submit(read, indices) for indices in islice(index_lists, 3)]
+            waiting = [reader.submit(read, indices) for indices in islice(index_lists, 2)]
             while waiting:
-                yield waiting.pop(0).result()
+                tensors = waiting.pop(0).result()
                 waiting += [reader.submit(read, indices) for indices in islice(index_lists, 1)]
+                yield [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 def find_set(name):
@@ -413,15 +414,14 @@ def label_pictures(images, table, lines):
     dataset.json, else the outermost folders that differ; folders train, val, test and the like there are splits."""
     levels = zip_longest(*(name.split("/")[:-1] for name in images.names), fillvalue="")     # a folder of each file
     levels, held_out = [level for level in levels if len(set(level)) > 1], None
-    splits = sorted({folder for level in levels for folder in level if folder.lower() in SPLITS})
-    if splits:
-        parts = [folder.lower() for folder in levels.pop(0)]
-        inside = [folder for level in levels for folder in level if folder.lower() in SPLITS]
-        if inside or set(parts) - SPLITS or not set(parts) - HELD_OUT:
-            raise ValueError(f"has a folder {splits[0]}: if it is a split, splits must be the outermost folders, train "
-                             "among them, and no other folder; if it is a class, give it another name")
-        lines.append(f"the folders {', '.join(splits)} are splits: what is not train is held out")
-        held_out = np.array([part in HELD_OUT for part in parts])
+    names = [{folder.lower() for folder in level} for level in levels]
+    splits = [level & SPLITS for level in names]
+    if any(splits):
+        if any(splits[1:]) or names[0] - SPLITS or not names[0] - HELD_OUT:
+            raise ValueError(f"has a folder {min(set().union(*splits))}: if it is a split, splits must be the outermost"
+                             " folders, train among them, and no other folder; if it is a class, give it another name")
+        lines.append(f"the folders {', '.join(sorted(set(levels[0])))} are splits: what is not train is held out")
+        held_out = np.array([folder.lower() in HELD_OUT for folder in levels.pop(0)])
     if table:
         with reading(f"{images.path}/{table}"):
             return labels_by_table(images.names, table, images.open_file, lines), held_out
@@ -619,12 +619,11 @@ def main():
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     args = parser.parse_args()
-    path, named, changes, lines = Path(args.source), args.source in DOWNLOADS, Counter(), []
+    path, changes = Path(args.source), Counter()
+    named = args.source in DOWNLOADS and not path.exists()
     if not named and not path.exists():
         hint = "it is the name of a set that is ready" if find_set(args.source) else f"known are {', '.join(DOWNLOADS)}"
         raise UserError(f"{args.source}: there is no such file; {hint}")
-    if named and path.exists():
-        raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")
     stem = re.sub(r"(\.(zip|npz|npy|tar|tgz|gz))+$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
     name = args.name or (f"{stem}-{args.size}" if args.size else stem)
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or name == "downloads":
@@ -647,7 +646,7 @@ def main():
                 download(base + file, path / file, sha256)
             path = path / file if len(files) == 1 else path
         source = open_source(path, changes)
-        if args.source == "fashion-mnist":
+        if made["source"] == "fashion-mnist":
             source = source._replace(classes=FASHION)
         with tempfile.TemporaryDirectory(dir=DATASETS, prefix=".making-") as making:
             making = Path(making) / name
