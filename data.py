@@ -3,7 +3,7 @@
     python data.py fashion-mnist            # fetched by name: mnist, fashion-mnist, cifar10, cifar100
     python data.py ~/pictures --size=64     # a folder or zip of images or latents, idx, npz, npy, a CIFAR archive
 
-That is images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the mean and standard deviation of a VAE's
+A set is images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the mean and standard deviation of a VAE's
 posterior [EDM2]; labels.npy, int64 (N,); holdout-images.npy and holdout-labels.npy, which training never sees;
 about.json, with class names, statistics and hashes; contact-sheet.png, what the model will see. Why: whatever is odd
 about files shows here, once, and not in the middle of a training on eight GPUs. Read it after sample.py.
@@ -125,7 +125,7 @@ class Dataset:
 
     images: np.ndarray                                                      # (N, C, S, S), of latents (N, 2C, S, S)
     labels: np.ndarray                                                      # (N,)
-    facts: dict                                                             # what a run keeps of its data
+    facts: dict                                                             # latent, mean, std, classes, counts, hashes
     holdout: "Dataset | None" = None                                        # the held-out part, with the same facts
 
     def __len__(self):
@@ -232,7 +232,7 @@ def open_files(path):
     these are itself and the labels beside it. Why: then all of them are the same thing, names and bytes."""
     if path.is_dir():
         names, seen, folders, links = [], set(), [""], []
-        while folders or links:                                             # links come last: a class has its own name
+        while folders or links:                                             # links last: a class keeps its real name
             folder = (folders or links).pop()
             if os.path.realpath(path / folder) in seen:
                 continue
@@ -290,8 +290,7 @@ def as_images(array):
 
 
 def as_labels(values):
-    """Labels 0, 1, ... and class names for one value an image: whole numbers, texts or one-hot vectors. Classes are the
-    values that occur, in natural order: 2 before 10."""
+    """Labels 0, 1, ... and names of classes, in natural order: 2 before 10. values: whole numbers, texts or one-hot."""
     values = np.asarray(values)
     values = values.ravel() if values.size == len(values) else values       # MedMNIST's are (N, 1)
     if values.ndim == 2 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
@@ -337,8 +336,7 @@ def to_picture(image):
 
 
 def decode(image, changes):
-    """A Pillow image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises ValueError where something would be lost
-    unseen; what is done to it is counted in `changes`."""
+    """A Pillow image as uint8 (1 or 3, H, W). Raises ValueError if more than what `changes` counts would be lost."""
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":         # MPO: a phone's photo with a second
         raise ValueError(f"is animated, {image.n_frames} frames")
     image.load()
@@ -581,8 +579,7 @@ def contact_sheet(dataset):
 
 
 def write_set(folder, source, made, changes):
-    """Write a Source as a set into `folder`. made: how, {"source", "size", "holdout", "skip_broken"}; changes: a
-    Counter, which is filled with what was done to how many images."""
+    """Write a Source as a set into `folder`, prepared as `made` says; `changes` counts what was done to its images."""
     with open(folder / "images.npy", "wb") as train, open(folder / "holdout-images.npy", "wb") as holdout:
         numbers = write_images((train, holdout), source, made, changes)
     pixels = hashlib.sha256()
