@@ -3,7 +3,7 @@
     python data.py fashion-mnist            # fetched by name: mnist, fashion-mnist, cifar10, cifar100
     python data.py ~/pictures --size=64     # a folder or zip of images or latents, idx, npz, npy, a CIFAR archive
 
-A set is images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), the mean and standard deviation of a VAE's
+A set is images.npy, uint8 (N, C, S, S), or for latents float32 (N, 2C, S, S), mean and standard deviation of a VAE's
 posterior [EDM2]; labels.npy, int64 (N,); holdout-images.npy and holdout-labels.npy, which training never sees;
 about.json, with class names, statistics and hashes; contact-sheet.png, what the model will see. Why: whatever is odd
 about files shows here, once, and not in the middle of a training on eight GPUs. Read it after sample.py.
@@ -270,9 +270,9 @@ def read_array(open_file, name, field):
         if head == b"\x93NUMPY":
             return np.load(file, allow_pickle=False)
         if name.endswith(".bin"):
-            coarse = [("coarse", "u1")] if "batch" not in name else []      # CIFAR-100 has two labels
-            records = [*coarse, ("labels", "u1"), ("images", "u1", (3, 32, 32))]
-            return np.frombuffer(file.read(2**28), records)[field]
+            size = 3073 if "batch" in name else 3074                        # CIFAR-100 has a coarse label before
+            records = np.frombuffer(file.read(2**28), np.uint8).reshape(-1, size)
+            return records[:, -3073] if field == "labels" else records[:, -3072:].reshape(-1, 3, 32, 32)
         if head[:3] != b"\0\0\x08":
             raise ValueError(f"{name} is neither .npy nor an idx file of bytes")
         sizes = np.frombuffer(file.read(4 + 4 * head[3]), ">u4")[1:].tolist()
@@ -653,7 +653,7 @@ def main():
                 folder.rename(making.with_name("before"))                   # which goes away with what is around it
             making.rename(folder)
         lines = source.lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
-    dataset = load_dataset(name)
+    dataset = load_dataset(folder)
     C, S, _ = dataset.shape
     mean, std = (", ".join(f"{value:.4g}" for value in dataset.facts[name]) for name in ("mean", "std"))
     print(describe(dataset.facts))
