@@ -616,11 +616,12 @@ def main():
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     args = parser.parse_args()
-    path, changes = Path(args.source), Counter()
-    named = args.source in DOWNLOADS and not path.exists()
+    path, named, changes = Path(args.source), args.source in DOWNLOADS, Counter()
     if not named and not path.exists():
         hint = "it is the name of a set that is ready" if find_set(args.source) else f"known are {', '.join(DOWNLOADS)}"
         raise UserError(f"{args.source}: there is no such file; {hint}")
+    if named and path.exists():
+        raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")
     stem = re.sub(r"(\.(zip|npz|npy|tar|tgz|gz))+$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
     name = args.name or (f"{stem}-{args.size}" if args.size else stem)
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or name == "downloads":
@@ -643,7 +644,7 @@ def main():
                 download(base + file, path / file, sha256)
             path = path / file if len(files) == 1 else path
         source = open_source(path, changes)
-        if made["source"] == "fashion-mnist":
+        if args.source == "fashion-mnist":
             source = source._replace(classes=FASHION)
         with tempfile.TemporaryDirectory(dir=DATASETS, prefix=".making-") as making:
             making = Path(making) / name
