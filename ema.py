@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-FORMAT = 2  # of the files; those of format 1 had no hash, and their weights and moments meant something else
+FORMAT = 3  # of the files; in earlier ones the same weights meant something else
 
 
 def std_to_gamma(std):

@@ -10,7 +10,7 @@ Where this differs from the papers' public code:
 | there                                                   | here, and why                                            |
 |---------------------------------------------------------|----------------------------------------------------------|
 | MaP-DiT: q and k normalised                             | q, k and v, as in EDM2: no token's value may dominate    |
-| MaP-DiT: position embedding less its mean, then RMS 1   | RMS 1, as its text has it                                |
+| MaP-DiT: t = 0.3 in residual sums, whatever the depth   | 0.6/sqrt(depth): the input keeps its share at any depth  |
 | MaP-DiT: noise level by 256 features and two linears    | `width` features and one linear, as in EDM2              |
 | MaP-DiT: DDPM, 1000 steps, learned variance             | EDM2's loss for both families: only the networks differ  |
 | MaP-DiT: EMA lerps by beta                              | by 1 - beta; theirs stays close to the raw weights       |
@@ -106,6 +106,7 @@ class DiTConfig(NetworkConfig):
     depth: int = key(0, "number of blocks (0: as size says)", 0, 1000)
     width: int = key(0, "channels of a token (0: as size says)", 0, 16384)
     heads: int = key(0, "attention heads (0: as size says)", 0, 1024)
+    residual_t: float = key(0.0, "share t of each branch in an mp block's residual sums (0: 0.6/sqrt(depth))", 0, 0.99)
     patch: int = key(2, "side in pixels of the square patches, one token each", 1, 1024)
     modulation: tuple[str, ...] = key(("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of "
                                       "rotate, scale, shift, gate (a plain block is always adaLN-Zero)",
@@ -115,6 +116,7 @@ class DiTConfig(NetworkConfig):
         super().__post_init__()
         depth, width, heads = SIZES[self.size]
         self.depth, self.width, self.heads = self.depth or depth, self.width or width, self.heads or heads
+        self.residual_t = self.residual_t or min(0.6 / math.sqrt(self.depth), 0.5)
         self.modulation = tuple(kind for kind in Modulation.KINDS if kind in self.modulation)
         for name, fits, problem in (
                 ("width", self.width % self.heads == 0, f"{self.width} is not divisible by heads = {self.heads}"),
@@ -160,7 +162,8 @@ class MPInput(nn.Module):
         self.noise = MPLinear(config.width, config.width)
         self.label = MPEmbedding(config.num_classes + 1, config.width)
         position = position_embedding(config.width, config.image_size // config.patch)
-        self.register_buffer("position", normalize(position), persistent=False)
+        position = normalize(position - position.mean(dim=0))               # most of it is the same for all tokens
+        self.register_buffer("position", position, persistent=False)
 
     def forward(self, patches, c_noise, labels):
         x = self.patch(torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1))     # the 1 acts as a bias
@@ -174,6 +177,7 @@ class MPBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.t = config.residual_t
         self.modulation1 = Modulation(config.width, config.modulation)
         self.attention = MPAttention(config.width, config.heads)
         self.modulation2 = Modulation(config.width, config.modulation)
@@ -182,8 +186,8 @@ class MPBlock(nn.Module):
     def forward(self, x, cond):
         theta1, scale1, shift1, gate1 = self.modulation1(cond)
         theta2, scale2, shift2, gate2 = self.modulation2(cond)
-        x = mp_sum(x, (1 + gate1) * self.attention(modulate(x, theta1, scale1, shift1)), t=0.3)
-        x = mp_sum(x, (1 + gate2) * self.mlp(modulate(x, theta2, scale2, shift2)), t=0.3)
+        x = mp_sum(x, (1 + gate1) * self.attention(modulate(x, theta1, scale1, shift1)), t=self.t)
+        x = mp_sum(x, (1 + gate2) * self.mlp(modulate(x, theta2, scale2, shift2)), t=self.t)
         return x
 
 

@@ -89,7 +89,8 @@ def test_patches_are_cut_row_by_row_and_put_back_in_place():
 
 
 def test_mp_block_is_the_papers_equations():
-    block, x, cond = awake(DiT(DiTConfig(**SMALL))).blocks[0], torch.randn(2, 16, 32), torch.randn(2, 32)
+    block = awake(DiT(DiTConfig(**SMALL, residual_t=0.3))).blocks[0]
+    x, cond = torch.randn(2, 16, 32), torch.randn(2, 32)
 
     def branch(modulation, layer, x):
         values = cond @ F.normalize(modulation.linear.weight, dim=1).T
@@ -122,6 +123,16 @@ def test_position_embedding_is_sines_and_cosines_of_the_row_then_of_the_column()
     for place, token in enumerate(position_embedding(64, 5)):
         row, column = place // 5 * f, place % 5 * f
         close(token, torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]))
+
+
+def test_mp_positions_have_no_part_in_common_and_the_input_keeps_its_share_at_any_depth():
+    position = DiT(DiTConfig(**SMALL)).input.position
+    close(rms(position), torch.ones(16))
+    assert F.cosine_similarity(position[:1], position[1:]).min() < -0.1     # uncentred, all are alike: 0.69 and more
+    for depth in (4, 9, 36, 100):
+        t = DiTConfig(depth=depth).residual_t
+        close(t, 0.6 / depth**0.5)
+        assert 0.5 < ((1 - t) / ((1 - t) ** 2 + t**2) ** 0.5) ** (2 * depth) < 0.7
 
 
 @pytest.mark.parametrize("block", FAMILIES)

@@ -51,7 +51,7 @@ def test_the_ends_of_the_ladder_are_the_two_families():
 
 @pytest.mark.parametrize("rung", "ABCDEFGHI")
 def test_every_rung_starts_at_zero_learns_and_has_the_parts_it_promises(rung):
-    denoiser, _, optimizer = build(TrainConfig(model=ladder.Config(**SMALL, rung=rung)), CPU)
+    denoiser, _, optimizer = build(TrainConfig(model=ladder.Config(**SMALL, residual_t=0.3, rung=rung)), CPU)
     net, (x, h) = denoiser.net, torch.randn(2, 1, 16, 32)
     assert not net(*INPUT).any()
     for _ in range(4):

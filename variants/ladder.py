@@ -7,10 +7,10 @@
     C  + weight normalization: each row of a linear acts as a unit vector, and there are no biases;
          where rung B starts with weights of 0, a learned gain starts at 0 instead
     D  + forced weight normalization: the stored rows are put back to RMS 1 after every step
-    E  + mp residual: branches are added by mp_sum with t = 0.3, and a gate is 1 + g instead of g
+    E  + mp residual: branches are added by mp_sum with t = residual_t, and a gate is 1 + g instead of g
     F  + mp SiLU: it replaces GELU in the MLP and SiLU in the conditioning
     G  - LayerNorm
-    H  + mp position encoding: it is scaled to RMS 1 and added by mp_sum with t = 0.5
+    H  + mp position encoding: centred, scaled to RMS 1 and added by mp_sum with t = 0.5
     I  + mp embedding: noise level and label have RMS 1 and are added by mp_sum with t = 0.5;
          this is the magnitude-preserving DiT of model.py
 
@@ -132,7 +132,9 @@ class Input(nn.Module):
             self.noise = nn.ModuleList([Linear(D, D), Linear(D, D)])
             self.label = nn.Embedding(config.num_classes + 1, D)
         position = position_embedding(D, config.image_size // config.patch)
-        self.register_buffer("position", normalize(position) if self.rung >= "H" else position, persistent=False)
+        if self.rung >= "H":
+            position = normalize(position - position.mean(dim=0))
+        self.register_buffer("position", position, persistent=False)
 
     def forward(self, patches, c_noise, labels):
         if self.rung >= "C":                                                # a constant instead of a bias
@@ -151,6 +153,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, heads, self.rung = config.width, config.heads, config.rung
+        self.t = config.residual_t
         self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if self.rung < "G" else nn.Identity()
         if self.rung < "D":
             self.attention = PlainAttention(D, heads) if self.rung < "B" else CosineAttention(config)
@@ -168,7 +171,7 @@ class Block(nn.Module):
         return x
 
     def join(self, x, gate, branch):
-        return mp_sum(x, (1 + gate) * branch, t=0.3) if self.rung >= "E" else x + gate * branch
+        return mp_sum(x, (1 + gate) * branch, t=self.t) if self.rung >= "E" else x + gate * branch
 
 
 class Output(nn.Module):

@@ -1,10 +1,13 @@
-"""Draw curves as an SVG that is readable on white and on dark, for example a column of the log.jsonl of several runs.
+"""Draw curves as an SVG that is readable on white and on dark: a column of the log.jsonl of several runs over their
+steps, or its last values against a key of their configurations.
 
     python -m variants.plots out/digits out/plain --key=loss --out=loss.svg
+    python -m variants.plots out/rates/* --key=val_loss --against=learning_rate --by=model.block --out=rates.svg
 """
 
 import json
 import math
+import tomllib
 from html import escape
 from pathlib import Path
 
@@ -23,8 +26,9 @@ def ticks(low, high):
     return np.arange(math.ceil(low / step), math.floor(high / step + 1e-9) + 1) * step
 
 
-def save_plot(path, curves, x_label, y_label):
-    """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end."""
+def save_plot(path, curves, x_label, y_label, x_names=None):
+    """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end.
+    x_names: {x: text} instead of round numbers below the axis."""
     width, height, left, right, top, bottom = 640, 360, 64, 150, 36, 48
     points = np.array([point for curve in curves.values() for point in curve], dtype=float)
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
@@ -39,9 +43,9 @@ def save_plot(path, curves, x_label, y_label):
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
              'font-family="sans-serif" font-size="12">']
-    for x in ticks(x0, x1):
+    for x, name in (x_names or {x: f"{x:g}" for x in ticks(x0, x1)}).items():
         parts.append(f'<path d="M{at(x, y0)[0]:.1f} {top}V{height - bottom}" stroke="#80808040"/>')
-        parts.append(text(at(x, y0)[0], height - bottom + 18, f"{x:g}"))
+        parts.append(text(at(x, y0)[0], height - bottom + 18, name))
     for y in ticks(y0, y1):
         parts.append(f'<path d="M{left} {at(x0, y)[1]:.1f}H{width - right}" stroke="#80808040"/>')
         parts.append(text(left - 8, at(x0, y)[1] + 4, f"{y:g}", "end"))
@@ -59,25 +63,58 @@ def save_plot(path, curves, x_label, y_label):
         file.write("\n".join(parts).encode())
 
 
+def read_column(run, key):
+    """The points (step, value) of a column of a run's log, without those that are not finite."""
+    with reading(run / "log.jsonl"):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        points = [(line["step"], float(line[key])) for line in lines if key in line]
+    if not points:
+        names = sorted({name for line in lines for name in line})
+        raise UserError(f"{run}: its log has no {key}, but {', '.join(names)}")
+    return [point for point in points if abs(point[1]) < 1e100]
+
+
+def last_values(runs, key, against, by):
+    """The last values of a column, averaged over runs that agree in two keys of their configurations, as a table on
+    the screen and as curves: {value of `by`: [(log2 of `against`, mean), ...]}."""
+    groups = {}
+    for run in runs:
+        with reading(run / "config.toml"):
+            config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+            config |= {f"model.{name}": value for name, value in config["model"].items()}
+            if missing := {against, by or against} - config.keys():
+                raise ValueError(f"has no key {', '.join(missing)}")
+            group = f"{by} = {config[by]}" if by else key, float(config[against])
+            if group[1] <= 0:
+                raise ValueError(f"{against} = {group[1]:g} has no place on a logarithmic axis")
+        groups.setdefault(group, []).append(read_column(run, key)[-1][1])
+    curves = {}
+    for (name, x), values in sorted(groups.items()):
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        print(f"{name}, {against} = {x:g}: {np.mean(values):.4f}{spread} ({len(values)} runs)")
+        curves.setdefault(name, []).append((math.log2(x), np.mean(values)))
+    return curves
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--key", default="loss", help="column of log.jsonl to draw (default: loss)")
+    parser.add_argument("--against", metavar="KEY", help="draw the column's last values against this key")
+    parser.add_argument("--by", metavar="KEY", help="with --against: one curve for each value of this key")
     parser.add_argument("--out", type=Path, default=Path("out/plot.svg"),
                         help="the SVG to write (default: out/plot.svg)")
     args = parser.parse_args()
     if args.out.suffix != ".svg":
         raise UserError(f"--out: {args.out} is not the name of a .svg file")
-    curves = {}
-    for run in args.runs:
-        with reading(run / "log.jsonl"):
-            lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-            points = [(line["step"], float(line[args.key])) for line in lines if args.key in line]
-            curves[str(run)] = [point for point in points if abs(point[1]) < 1e100]         # neither nan nor infinite
-        if not curves[str(run)]:
-            names = sorted({name for line in lines for name in line})
-            raise UserError(f"{run}: its log has no {args.key}, but {', '.join(names)}")
-    save_plot(args.out, curves, "step", args.key)
+    if args.by and not args.against:
+        raise UserError("--by: needs --against")
+    if args.against:
+        curves = last_values(args.runs, args.key, args.against, args.by)
+        names = {x: f"{2**x:g}" for curve in curves.values() for x, _ in curve}
+        save_plot(args.out, curves, args.against, args.key, names)
+    else:
+        save_plot(args.out, {str(run): read_column(run, args.key) for run in args.runs}, "step", args.key)
     print(args.out)
 
 
