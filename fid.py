@@ -87,12 +87,10 @@ def resize(x, size):
 
 def inception(images, weights):
     """The network of 2015-12-05: images uint8 RGB (B, 3, H, W) -> the 2048 pooled features of FID (B, 2048).
-    weights: the tensors of the public file, by name. Why no widths are written here: they are those of the kernels, and
+    weights: those of fold_normalization(). Why no widths are written here: they are those of the kernels, and
     load_inception takes only kernels of the right shapes."""
     def conv(x, name, stride=None):                                         # the size stays, unless there is a stride
-        x = F.conv2d(x, weights[f"{name}.conv.weight"], None, stride or 1, 0 if stride else "same")
-        norm = [weights[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
-        return F.relu(F.batch_norm(x, *norm, eps=0.001), inplace=True)
+        return F.relu(F.conv2d(x, *weights[name], stride or 1, 0 if stride else "same"), inplace=True)
 
     def branch(x, block, *names):
         for name in names:
@@ -130,6 +128,18 @@ def inception(images, weights):
     return x.mean(dim=(2, 3))                                               # (B, 2048)
 
 
+def fold_normalization(state):
+    """Kernel and bias of each convolution of the weights file, by name, with its batch normalization folded in.
+    Why: one pass over the pixels is faster than two. The kernels' memory format is the one that is fastest on CPUs."""
+    weights = {}
+    for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
+        gain = state[f"{name}.bn.weight"] / (state[f"{name}.bn.running_var"] + 0.001).sqrt()
+        kernel = state[f"{name}.conv.weight"] * gain[:, None, None, None]
+        bias = state[f"{name}.bn.bias"] - state[f"{name}.bn.running_mean"] * gain
+        weights[name] = kernel.contiguous(memory_format=torch.channels_last), bias
+    return weights
+
+
 def load_inception(path=None, device="cpu"):
     """inception() with the public weights, from `path` or downloaded once into torch's cache. Raises UserError.
     Why the layout is compared: torchvision's Inception has the same convolutions, but is another network."""
@@ -142,7 +152,7 @@ def load_inception(path=None, device="cpu"):
         layout = sorted((name, tuple(value.shape)) for name, value in state.items())
         if sha256(repr(layout).encode()).hexdigest()[:16] != LAYOUT:
             raise ValueError("has other names or shapes than the public weights file")
-    return partial(inception, weights=state)
+    return partial(inception, weights=fold_normalization(state))
 
 
 def load_features(name, weights, device):

@@ -73,8 +73,6 @@ class TrainConfig:
 
     def __post_init__(self):
         check_keys(self)
-        if len(set(self.ema_stds)) < len(self.ema_stds) or any(round(std, 3) != std for std in self.ema_stds):
-            raise ValueError(f"ema_stds: must be different widths of three decimals at most, not {list(self.ema_stds)}")
 
 
 # what may change when a run goes on (else it would be another experiment), and what may differ between processes

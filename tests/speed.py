@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))                              # where pytest finds the tests' helpers
-from fid import inception
+from fid import fold_normalization, inception
 from model import DiTConfig, edm2_loss
 from sample import choose_device, heun_sampler
 from test_fid import second_inception
@@ -79,7 +79,7 @@ def main():
     noise, pictures = torch.randn(32, 4, 32, 32, device=device), torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
     denoiser, *_ = make_step("mp", *NETWORKS["DiT-S/4"], False, torch.float32, device)
     _, weights = second_inception(torch.zeros(1, 3, 299, 299))              # random ones, in the layout of the file
-    weights = {name: weight.to(device) for name, weight in weights.items()}
+    weights = fold_normalization({name: weight.to(device) for name, weight in weights.items()})
     functions = {"sampling, 18 steps": torch.no_grad()(lambda: heun_sampler(denoiser, noise, steps=18)),
                  "Inception": torch.no_grad()(lambda: inception(pictures.to(device), weights))}
     for name, (_, least) in measure(functions, 1, device).items():

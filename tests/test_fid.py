@@ -120,6 +120,7 @@ def test_network_takes_only_the_public_names_and_shapes_and_agrees_with_a_second
     torch.save(weights, tmp_path / "weights.pth")
     ours = load_inception(tmp_path / "weights.pth")(images)
     assert ours.shape == (1, 2048) and expected.std() > 0.01
+    # The second writing does not fold the batch normalization, so this also says that folding changes nothing.
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     weights = {name: torch.zeros(()).expand(value.shape) for name, value in weights.items()}
     fewer = {name: value for name, value in weights.items() if name != "Mixed_7c.branch_pool.bn.bias"}
