@@ -105,12 +105,6 @@ def test_sample_scales_back_to_pixels_or_latents_and_keeps_frames_from_noise_to_
     assert (frames[:, -2].float() - images.float()).abs().max() <= 3        # at sigma_min, almost the image
 
 
-def test_an_image_depends_on_its_label_and_seed_alone_whatever_the_batch():
-    many = sample(MAIN, FACTS, [i % 3 for i in range(64)], range(64), steps=6, churn=5)
-    alone = sample(MAIN, FACTS, [1], [7], steps=6, churn=5)
-    assert (alone[0].int() - many[7].int()).abs().max() <= 1 and len(many.unique(dim=0)) == 64  # 1: rounding
-
-
 def save_run(folder, denoiser, width=0.05, step=10):
     info = {"variant": "", "model": vars(denoiser.net.config), "data": FACTS}
     return save_snapshot(folder / "ema", denoiser, step, width, info)
@@ -164,10 +158,9 @@ def test_every_option_of_the_command_reaches_the_sampler(tmp_path, monkeypatch):
         with np.load(tmp_path / "a.npz") as file:
             return file["arr_0"].tobytes(), tuple(file["labels"])
 
-    compiled, compile_module = [], torch.nn.Module.compile                  # with the quickest backend
+    compiled = []
     monkeypatch.setattr("sample.check_compiler", print)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: (
-        compiled.append(module), compile_module(module, backend="aot_eager")))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net))       # test_model.py compiles
     save_run(tmp_path, MAIN, 0.05, 20), save_run(tmp_path, GUIDE, 0.1, 20), save_run(tmp_path / "other", MAIN)
     plain, *others = [draw(words) for words in (
         "", "--guidance=3", "--guidance=3 --guide-ema=0.05", f"--guidance=2 --guide={tmp_path / 'other'}", "--seed=3",
@@ -179,8 +172,6 @@ def test_every_option_of_the_command_reaches_the_sampler(tmp_path, monkeypatch):
                   "--compile --precision=float32"):
         assert draw(words) == plain                                         # the defaults; guided by itself
     assert len(compiled) == 1
-    batches = np.frombuffer(draw("--batch=4")[0], np.uint8)                 # written one after the other
-    assert np.abs(batches.astype(int) - np.frombuffer(plain[0], np.uint8)).max() <= 1
 
 
 def test_a_grid_an_animation_and_numbered_pictures_are_of_the_same_images(tmp_path):
@@ -189,6 +180,7 @@ def test_a_grid_an_animation_and_numbered_pictures_are_of_the_same_images(tmp_pa
         assert call("sample.py", run, "--steps=3", "--columns=2", "--seed=5", words).stdout.strip() == str(out)
     pictures = [np.array(Image.open(numbered / f"{seed:06d}.png")) for seed in range(5, 11)]
     images, movie = torch.tensor(np.stack(pictures))[:, None], Image.open(grid.with_suffix(".gif"))
+    assert len(images.unique(dim=0)) == 6                                   # each of a seed of its own
     expected, plain = (np.asarray(make_grid(images, 2, names)) for names in (FACTS["classes"], ()))
     assert np.array_equal(Image.open(grid), expected) and movie.n_frames == 4 and movie.info["loop"] == 0
     assert np.array_equal(plain[2 + 66:, 2 + 66:][:64:16, :64:16], pictures[3])             # row 1, column 1
