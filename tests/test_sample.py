@@ -12,6 +12,7 @@ from ema import load_file, reconstruct, save_file, save_snapshot
 from model import Denoiser, DiTConfig
 from sample import (check_guidance, deal_labels, find_label, guided, heun_sampler, load_denoiser, newest_run, sample,
                     seeded_noise)
+from test_model import awake
 
 
 def test_heun_solves_the_ode_of_gaussian_data_to_second_order_with_2n_minus_1_calls():
@@ -58,11 +59,8 @@ def test_noise_levels_and_churn_follow_edms_equation_5_and_algorithm_2():
 
 def make_denoiser(seed):
     torch.manual_seed(seed)
-    denoiser = Denoiser(DiTConfig(depth=1, width=16, heads=1, image_size=4, channels=1, num_classes=3)).eval()
-    for name, parameter in denoiser.named_parameters():
-        if name.endswith("gain"):                                           # 0 at first, which would draw nothing
-            parameter.data.fill_(0.7)
-    return denoiser.requires_grad_(False)
+    denoiser = Denoiser(DiTConfig(depth=1, width=16, heads=1, image_size=4, channels=1, num_classes=3))
+    return awake(denoiser).eval().requires_grad_(False)
 
 
 MAIN, GUIDE, CPU = make_denoiser(0), make_denoiser(1), torch.device("cpu")
