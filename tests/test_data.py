@@ -106,80 +106,80 @@ def write(path, files):
 
 
 GREY, COLOUR, CIFAR = random_images(6, 5), random_images(6, 5, 3), random_images(12, 32, 3)
-VALUES = np.array([10, 3, 9, 3, 10, 10])                                    # "9" comes before "10"
+VALUES = np.array([10, 3, 9, 3, 10, 10])
 PNGS = {f"{i // 4:05d}/img{i:08d}.png": png(image) for i, image in enumerate(COLOUR)}
-NUMBERS, NONE = "3 classes: 3 2, 9 1, 10 3", "no classes"
 
 
 def good_sources(folder):
-    """Sources of every kind: path, the images in their order, their classes, how many of the last are held out, and
-    words of what is printed."""
+    """Sources of every kind: path, the images in their order, the class of each if there are classes, how many of the
+    last images are held out, and what else is said."""
     three = [str(value) for value in VALUES]
     for end, pack in (("-idx3-ubyte.gz", gzip.compress), (".idx3-ubyte", bytes)):
         write(folder / f"my-labels{end}".replace("idx3", "idx1"), pack(idx(VALUES)))
-        yield write(folder / f"my-images{end}", pack(idx(GREY[:, 0]))), GREY, three, 0, [NUMBERS]
-    yield write(folder / "alone", idx(GREY[:, 0])), GREY, None, 0, [NONE]   # told by what it holds
+        yield write(folder / f"my-images{end}", pack(idx(GREY[:, 0]))), GREY, three, 0
+    yield write(folder / "alone", idx(GREY[:, 0])), GREY, [], 0             # told by what it holds
     raw = {f"raw/{part}-{kind}-ubyte": idx(array) for part, at in (("train", slice(4)), ("t10k", slice(4, 6)))
            for kind, array in (("images-idx3", GREY[at, 0]), ("labels-idx1", VALUES[at]))}
-    said = ["9 1, 10 1", "held out: 2", "left out: 1 .gz"]
-    yield write(folder / "MNIST", raw | {"raw/a.gz": b""}), GREY, three, 2, said
+    yield write(folder / "MNIST", raw | {"raw/a.gz": b""}), GREY, three, 2, "left out: 1 .gz"
     split = {"x_train": GREY[:4, 0], "y_train": VALUES[:4], "x_test": GREY[4:, 0], "y_test": VALUES[4:]}
-    yield write(folder / "keras.npz", saved(np.savez, **split)), GREY, three, 2, ["held out: 2"]
-    last = COLOUR.transpose(0, 2, 3, 1)
-    parts = ("train", slice(4)), ("test", slice(4, 5)), ("val", slice(5, 6))
+    yield write(folder / "keras.npz", saved(np.savez, **split)), GREY, three, 2
+    last, parts = COLOUR.transpose(0, 2, 3, 1), (("train", slice(4)), ("test", slice(4, 5)), ("val", slice(5, 6)))
     split = {f"{part}_{kind}": array[at] for part, at in parts
              for kind, array in (("images", last), ("labels", VALUES[:, None]))}
-    yield write(folder / "medmnist.npz", saved(np.savez, **split)), COLOUR, three, 2, ["held out: 2"]
-    yield write(folder / "adm.npz", saved(np.savez, last, VALUES)), COLOUR, three, 0, [NUMBERS]
-    yield write(folder / "ours.npz", saved(np.savez_compressed, arr_0=last, labels=VALUES * 1.0)), COLOUR, three, 0, []
+    yield write(folder / "medmnist.npz", saved(np.savez, **split)), COLOUR, three, 2
+    yield write(folder / "adm.npz", saved(np.savez, last, VALUES)), COLOUR, three, 0
+    yield write(folder / "ours.npz", saved(np.savez_compressed, arr_0=last, labels=VALUES * 1.0)), COLOUR, three, 0
     pair = {"images.npy": saved(np.save, COLOUR), "labels.npy": saved(np.save, VALUES), "notes.txt": b""}
-    yield write(folder / "pair", pair), COLOUR, three, 0, [NUMBERS, "left out: 1 .txt"]
-    yield folder / "pair" / "images.npy", COLOUR, three, 0, [NUMBERS]
-    things, names = ["ant", "bee", "cat", "dog"], b"ant\nbee\ncat\ndog"
+    yield write(folder / "pair", pair), COLOUR, three, 0, "left out: 1 .txt"
+    yield folder / "pair" / "images.npy", COLOUR, three, 0
+    things, names = ["ant", "bee", "cat", "dog"] * 3, b"ant\nbee\ncat\ndog"
     files = {"b/data_batch_1.bin": records(CIFAR[:4]), "a/data_batch_2.bin": records(CIFAR[4:8]),
              "a/test_batch.bin": records(CIFAR[8:]), "a/batches.meta.txt": names}
-    yield write(folder / "cifar-10.tar.gz", files), CIFAR, things * 3, 4, ["ant 2, bee 2, cat 2, dog 2", "held out: 4"]
+    yield write(folder / "cifar-10.tar.gz", files), CIFAR, things, 4
     files = {"train.bin": records(CIFAR[:8], 7), "test.bin": records(CIFAR[8:], 7), "fine_label_names.txt": names}
-    yield write(folder / "cifar-100.tar.gz", files), CIFAR, things * 3, 4, ["held out: 4"]
+    yield write(folder / "cifar-100.tar.gz", files), CIFAR, things, 4
     junk = {"__MACOSX/a.png": b"", ".hidden/b.png": b"", "._c.png": b"", "Thumbs.db": b"", "d.heic": b"", "e.txt": b""}
-    kinds, said = [f"kind {value}" for value in VALUES], ["kind 3 2, kind 9 1, kind 10 3", "1 .heic, 1 .txt, 4 hidden"]
+    kinds = [f"kind {value}" for value in VALUES]
     table = json.dumps({"labels": list(zip(PNGS, kinds))}).encode("utf-8-sig")
     for name in ("edm.ZIP", "edm"):
-        yield write(folder / name, PNGS | {"dataset.json": table} | junk), COLOUR, kinds, 0, said
-    below = {f"top/{name}": content for name, content in PNGS.items()}
+        files = PNGS | {"dataset.json": table} | junk
+        yield write(folder / name, files), COLOUR, kinds, 0, "left out: 1 .heic, 1 .txt, 4 hidden"
     hot = [*zip(PNGS, np.eye(3, dtype=int)[[2, 0, 1, 0, 2, 2]].tolist()), ("gone.png", [1, 0, 0])]
-    yield (write(folder / "hot.zip", below | {"top/dataset.json": json.dumps({"labels": hot}).encode()}), COLOUR,
-           [*"201022"], 0, ["0 2, 1 1, 2 3", "names images that are not there: 1"])
-    yield write(folder / "null.zip", PNGS | {"dataset.json": b'{"labels": null}'}), COLOUR, None, 0, [NONE, "no labels"]
-    yield write(folder / "shards", PNGS), COLOUR, None, 0, [NONE, "numbered as EDM does it"]
+    files = {f"top/{name}": content for name, content in PNGS.items()}
+    files["top/dataset.json"] = json.dumps({"labels": hot}).encode()
+    yield write(folder / "hot.zip", files), COLOUR, [*"201022"], 0, "names images that are not there: 1"
+    null = {"dataset.json": b'{"labels": null}'}
+    yield write(folder / "null.zip", PNGS | null), COLOUR, [], 0, "dataset.json has no labels"
+    yield write(folder / "shards", PNGS), COLOUR, [], 0, "numbered as EDM does it"
     files = {f"set/class {(10, 2)[i % 2]}/deep/{i}.PNG": png(image) for i, image in enumerate(GREY)}
     odd = {name.replace("/", "\\"): content for name, content in files.items()}     # as some Windows programs do it
     for name, content in (("by-class", files), ("by-class.zip", files), ("odd.zip", odd)):
-        yield (write(folder / name, content), GREY[[0, 2, 4, 1, 3, 5]], ["class 10"] * 3 + ["class 2"] * 3, 0,
-               ["2 classes: class 2 3, class 10 3"])
-    parts = ("train", slice(4)), ("test", slice(4, 6))
+        yield write(folder / name, content), GREY[[0, 2, 4, 1, 3, 5]], ["class 10"] * 3 + ["class 2"] * 3, 0
     split = {f"{part}/{kind}.npy": saved(np.save, array[at]) for part, at in parts
              for kind, array in (("images", COLOUR), ("labels", VALUES))}
-    yield write(folder / "array-folders", split), COLOUR, three, 2, ["held out: 2"]
+    yield write(folder / "array-folders", split), COLOUR, three, 2
     files = {f"{('Train', 'Train', 'valid')[i // 2]}/all/{'ab'[i % 2]}/{i}.jfif": png(x) for i, x in enumerate(GREY)}
-    yield (write(folder / "splits", files), GREY[[0, 2, 1, 3, 4, 5]], [*"aabbab"], 2,
-           ["a 2, b 2", "held out: 2", "Train, valid are splits"])
+    yield write(folder / "splits", files), GREY[[0, 2, 1, 3, 4, 5]], [*"aabbab"], 2, "Train, valid are splits"
     latents = GENERATOR.normal(size=(6, 8, 4, 4)).astype(np.float32)
     files = {f"img-mean-std-{i}.npy": saved(np.save, latent) for i, latent in enumerate(latents)}
-    yield write(folder / "latents.zip", files), latents, None, 0, ["6 latents, no classes", "4x4, channels: 4"]
+    yield write(folder / "latents.zip", files), latents, [], 0, "6 latents, ", "4x4, channels: 4"
 
 
 def test_every_kind_of_source_comes_back_exact_and_says_what_was_found(tmp_path):
-    for path, images, classes, held, said in good_sources(tmp_path):
+    for path, images, classes, held, *said in good_sources(tmp_path):
         dataset, lines = make_ready(path, f"--name={path.name}", "--holdout=0")
+        facts, trained = dataset.facts, len(images) - held
+        names = sorted(set(classes), key=lambda name: (len(name), name))    # "9" comes before "10"
+        counts = [classes[:trained].count(name) for name in names]
+        listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
+        said += [f"held out: {held};", f"{len(names)} classes: {listed}" if classes else "no classes"]
         assert all(words in " | ".join(lines) for words in said), (path, lines)
-        facts, names, trained = dataset.facts, dataset.facts["classes"], len(images) - held
         parts = [dataset, dataset.holdout] if held else [dataset]
         labels = np.concatenate([part.labels for part in parts])
         assert np.array_equal(np.concatenate([part.images for part in parts]), images), path
         assert (len(dataset), dataset.images.dtype, dataset.labels.dtype) == (trained, images.dtype, np.int64)
-        assert [names[label] for label in labels] == classes if classes else not names, path
-        assert facts["counts"] == np.bincount(dataset.labels).tolist()
+        assert facts["classes"] == names and [names[label] for label in labels if names] == classes, path
+        assert facts["counts"] == (counts or [trained])
         both = b"".join(str(part.shape).encode() + part.tobytes() for part in (images[:trained], images[trained:]))
         assert facts["hashes"] == {name: hashlib.sha256(content).hexdigest() for name, content in (
             ("images", both), ("labels", labels.tobytes()), ("classes", json.dumps(names).encode()))}
