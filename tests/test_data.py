@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from conftest import call
-from data import UserError, batch_indices, from_network, load_dataset, to_network, to_picture
+from data import UserError, batch_indices, from_network, load_dataset, reading, to_network, to_picture
 
 DIGITS, GENERATOR = load_dataset("digits"), np.random.default_rng(0)
 
@@ -357,6 +357,14 @@ def test_a_download_is_whole_and_has_its_hash_or_is_not_there(tmp_path, monkeypa
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
     shutil.rmtree(served)
     assert len(make_ready("fashion-mnist", "--overwrite", "--holdout=0")[0]) == 20      # it is not fetched again
+
+
+def test_whatever_goes_wrong_while_reading_becomes_one_line_that_names_it():
+    for error in (RecursionError("deep"), MemoryError(), KeyError("a"), OSError(5, "no disk"), ValueError("a\nb")):
+        with pytest.raises(UserError, match="^a.zip: [^\n]*$"), reading("a.zip"):
+            raise error
+    with pytest.raises(UserError, match="^already said$"), reading("a.zip"):
+        raise UserError("already said")
 
 
 @pytest.mark.parametrize("error, code, line", [
