@@ -1,10 +1,9 @@
 """What the tests share: a command run in this process, and one run by processes beside it."""
 
 import contextlib
-import functools
 import importlib
 import io
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -44,12 +43,13 @@ def call(*words):
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
-@functools.cache
-def forks():
-    """Processes that are forks of one that has imported everything. Why: importing torch takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "train", "sample", "fid", "pytest", "conftest"])
-    return context
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "train", "sample", "fid", "pytest", "conftest"])
+
+
+def pytest_sessionstart(session):
+    """Start the process whose forks the processes of a Job are: it imports everything while the first tests run."""
+    multiprocessing.forkserver.ensure_running()
 
 
 def work(files, environment, setup, words):
@@ -82,7 +82,7 @@ class Job:
                      "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
             environment = {name: str(value) for name, value in ranks.items() if len(commands) > 1}
             args = [self.out.name, self.err.name], environment, setup, words
-            self.processes.append(forks().Process(target=work, args=args, daemon=True))
+            self.processes.append(FORKS.Process(target=work, args=args, daemon=True))
             self.processes[-1].start()
 
     def finish(self, seconds=60):
