@@ -1,17 +1,17 @@
 """What the tests share: a command run in this process, and one run by processes beside it."""
 
-import contextlib
 import importlib
 import io
 import multiprocessing.forkserver
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -30,16 +30,11 @@ def run_script(words):
 def call(*words):
     """What a command would do, in this process, which saves starting one: its exit code, stdout and stderr."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err), mock.patch("sys.argv"), mock.patch("signal.signal"):
+        try:
             run_script(words)
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        except SystemExit as end:
+            code = end.code or 0
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
