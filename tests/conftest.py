@@ -1,18 +1,17 @@
 """What the tests share: a command run in this process, and one run by processes beside it."""
 
-import contextlib
-import functools
 import importlib
 import io
-import multiprocessing
+import multiprocessing.forkserver
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -31,25 +30,21 @@ def run_script(words):
 def call(*words):
     """What a command would do, in this process, which saves starting one: its exit code, stdout and stderr."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err), mock.patch("sys.argv"), mock.patch("signal.signal"):
+        try:
             run_script(words)
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        except SystemExit as end:
+            code = end.code or 0
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
-@functools.cache
-def forks():
-    """Processes that are forks of one that has imported everything. Why: importing torch takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "train", "sample", "fid", "pytest", "conftest"])
-    return context
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "train", "sample", "fid", "pytest", "conftest"])
+
+
+def pytest_sessionstart(session):
+    """Start the process whose forks the processes of a Job are: it imports everything while the first tests run."""
+    multiprocessing.forkserver.ensure_running()
 
 
 def work(files, environment, setup, words):
@@ -82,7 +77,7 @@ class Job:
                      "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
             environment = {name: str(value) for name, value in ranks.items() if len(commands) > 1}
             args = [self.out.name, self.err.name], environment, setup, words
-            self.processes.append(forks().Process(target=work, args=args, daemon=True))
+            self.processes.append(FORKS.Process(target=work, args=args, daemon=True))
             self.processes[-1].start()
 
     def finish(self, seconds=60):

@@ -29,13 +29,10 @@ def test_average_weighs_step_s_by_the_power_function_in_float32_or_better(std, e
         assert weight == pytest.approx((at / 60) ** power - ((at - every) / 60) ** power, rel=error, abs=1e-3 * error)
 
 
-def test_profile_has_the_width_it_is_named_after():
-    """By the formula, and by averages of s and s², which give mean and spread of the weights without knowing them."""
+def test_the_power_function_has_the_width_it_is_named_after():
     for std in np.linspace(0.001, 0.288, 50):
         gamma = std_to_gamma(std)
         assert math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) == pytest.approx(std, rel=1e-9)   # [EDM2, Eq. 123]
-    times = np.arange(1, 2001) / 2000
-    assert math.sqrt(tracked(times**2, 0.1) - tracked(times, 0.1) ** 2) == pytest.approx(0.1, rel=0.01)
 
 
 def profile(t, step, std):
@@ -44,31 +41,23 @@ def profile(t, step, std):
     return (gamma + 1) * (t / step) ** gamma / step * (t <= step)
 
 
-def test_inner_products_agree_with_quadrature():
-    profiles = [(steps, std) for steps in (100.0, 130.0, 700.0) for std in (0.02, 0.05, 0.10, 0.25)]
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    nodes, weights = (nodes + 1) / 2, weights / 2
-    ours = inner_products(profiles, profiles)
-    for i, a in enumerate(profiles):
-        for j, b in enumerate(profiles):
-            end = min(a[0], b[0])
-            t = end * nodes**4                                              # non-integer powers are smooth in t^(1/4)
-            integral = (weights * 4 * nodes**3 * end * profile(t, *a) * profile(t, *b)).sum()
-            assert ours[i, j] == pytest.approx(integral, rel=1e-9)
-
-
-def test_coefficients_are_the_best_fit_and_sum_to_1():
+def test_inner_products_and_best_fit_agree_with_quadrature_and_coefficients_sum_to_1():
+    """Gauss-Legendre between the steps, where profiles end; t^(1/4) is its variable, in which the powers are smooth."""
     sources = [(step, std) for step in range(100, 2001, 100) for std in (0.05, 0.10)]
-    x, residuals = solve_coefficients(sources, [(2000, 0.03), (2000, 0.15), (1500, 0.10)])
-    np.testing.assert_allclose(x.sum(axis=0), 1, rtol=1e-12)
-    np.testing.assert_allclose(x[:, 2], [source == (1500, 0.10) for source in sources], atol=1e-8)  # it is one of them
-    t = (np.arange(40000) + 0.5) / 20                                       # independently: least squares on a grid
-    ours = np.stack([profile(t, *source) for source in sources], axis=1)
-    wanted = np.stack([profile(t, 2000, std) for std in (0.03, 0.15)], axis=1)
+    targets = [(2000, 0.02), (2000, 0.25), (1500, 0.10)]                    # the last one is a source
+    nodes, weights = np.polynomial.legendre.leggauss(50)
+    ends = np.arange(0, 2001, 100) ** 0.25
+    u = (ends[:-1, None] * (1 - nodes) + ends[1:, None] * (1 + nodes)) / 2
+    t, weights = u.ravel() ** 4, (weights * np.diff(ends)[:, None] / 2 * 4 * u**3).ravel()
+    ours, wanted = (np.stack([profile(t, *pair) for pair in pairs], axis=1) * np.sqrt(weights)[:, None]
+                    for pairs in (sources, targets))
+    np.testing.assert_allclose(inner_products(sources, targets), ours.T @ wanted, rtol=1e-9)
+    x, residuals = solve_coefficients(sources, targets)
     best = np.linalg.lstsq(ours, wanted, rcond=None)[0]
-    np.testing.assert_allclose(x[:, :2], best / best.sum(axis=0), atol=2e-3)
-    left = np.linalg.norm(ours @ x[:, :2] - wanted, axis=0) / np.linalg.norm(wanted, axis=0)
-    np.testing.assert_allclose(residuals, [*left, 0], rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(x.sum(axis=0), 1, rtol=1e-12)
+    np.testing.assert_allclose(x, best / best.sum(axis=0), atol=1e-6)
+    left = np.linalg.norm(ours @ x - wanted, axis=0) / np.linalg.norm(wanted, axis=0)
+    np.testing.assert_allclose(residuals, left, rtol=1e-6, atol=1e-6)
 
 
 def test_the_first_average_is_the_module_inside_its_wrappers_in_eval_mode_and_buffers_follow(tmp_path):

@@ -5,52 +5,30 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import fid
 from conftest import Job, call
 from data import UserError
 from fid import frechet_distance, load_inception, resize
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8)
-
-
-def random_covariance(generator, size, rank):
-    factor = generator.normal(size=(size, rank))
-    return factor @ factor.T / rank
+PIXELS = np.random.default_rng(0).integers(160, 256, (40, 4, 4), dtype=np.uint8)       # as features: a mean far from 0
+FLAT = PIXELS.reshape(40, 16).astype(np.float32) / np.float32(127.5) - 1
 
 
 def test_distance_agrees_with_the_matrix_square_root_where_that_works_and_with_closed_forms():
     generator = np.random.default_rng(0)
-    for size in (2, 10, 50):
+    for size in (2, 10, *range(30, 51)):
         mu1, mu2 = generator.normal(size=(2, size))
-        sigma1, sigma2 = (random_covariance(generator, size, 2 * size) for _ in range(2))
+        sigma1, sigma2 = (np.cov(generator.normal(size=(size, 2 * size))) for _ in range(2))
         root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
         expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
         assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-8)
         assert frechet_distance(mu1, sigma1, mu1, sigma1) == 0              # exactly
+        assert 0 <= frechet_distance(mu1, sigma1, mu1 + 1e-12, sigma1) < 1e-11          # not negative by rounding
         assert frechet_distance(mu1, sigma1, mu2, sigma1) == pytest.approx(((mu1 - mu2) ** 2).sum(), rel=1e-9)
     zero, u, v = np.zeros(8), *generator.normal(size=(2, 8))                # singular: along one vector each
     expected = u @ u + v @ v - 2 * abs(u @ v)
     assert frechet_distance(zero, np.outer(u, u), zero, np.outer(v, v)) == pytest.approx(expected, rel=1e-7)
-    zero, low = np.zeros(200), random_covariance(generator, 200, 20)
+    zero, low = np.zeros(200), np.cov(generator.normal(size=(200, 20)))     # of rank 19
     assert frechet_distance(zero, low, zero, 4 * low) == pytest.approx(np.trace(low), rel=1e-7)
-
-
-def test_distance_of_nearly_equal_gaussians_is_not_negative():
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        sigma = random_covariance(generator, 30, 60)
-        assert 0 <= frechet_distance(np.zeros(30), sigma, np.full(30, 1e-12), sigma) < 1e-12
-
-
-def test_mean_and_covariance_in_parts_equal_numpys_for_features_like_inceptions():
-    generator = np.random.default_rng(0)
-    features = generator.exponential(0.3, (1000, 12)) * generator.uniform(0.02, 2, 12)      # at least 0, mean near 0.3
-    source = len(features), lambda numbers: torch.from_numpy(features[list(numbers)]), None
-    for batch in (1000, 100, 7, 1):
-        mu, sigma, count = fid.statistics("features", source, torch.clone, batch, torch.device("cpu"))
-        assert count == 1000
-        np.testing.assert_allclose(mu, features.mean(0), rtol=0, atol=1e-10)
-        np.testing.assert_allclose(sigma, np.cov(features.T), rtol=0, atol=1e-10)
 
 
 def test_resize_is_that_of_tensorflow_1():
@@ -144,33 +122,20 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def statistics(*words):
-    assert call("fid.py", "stats", *words, "--out=stats.npz").stdout == "stats.npz\n"
-    with np.load("stats.npz", allow_pickle=False) as file:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_statistics_are_numpys_mean_and_covariance_and_sources_of_the_same_images_are_at_no_distance(folder, processes):
+    words = ["fid.py", "stats", folder / "samples.npz", "--features=pixels", "--batch=7", f"--out={folder / 's.npz'}"]
+    assert Job(*[words] * processes).finish().returncode == [0] * processes
+    mu, sigma = FLAT.mean(0, dtype=float), np.cov(FLAT.T.astype(float))
+    with np.load("s.npz") as file:
         assert file["count"] == 40
-        return file["mu"], file["sigma"]
-
-
-def test_sources_of_the_same_images_are_at_no_distance(folder):
-    mu, sigma = statistics("samples.npz", "--features=pixels", "--batch=7")
-    flat = PIXELS.reshape(40, -1) / 127.5 - 1
-    np.testing.assert_allclose(mu, flat.mean(0), atol=1e-6)
-    np.testing.assert_allclose(sigma, np.cov(flat.T), atol=1e-6)
-    np.savez("other.npz", mu=flat.mean(0) + 2, sigma=np.cov(flat.T))        # no count: as pytorch-fid writes it
-    for a, b, expected in (("folder", "samples.npz", 0), ("stats.npz", "folder", 0), ("other.npz", "sets/ready", 64)):
+        np.testing.assert_allclose(file["mu"], mu, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(file["sigma"], sigma, rtol=0, atol=1e-10)
+    np.savez("other.npz", mu=mu + 2, sigma=sigma)                           # no count: as pytorch-fid writes it
+    for a, b, expected in (("folder", "samples.npz", 0), ("s.npz", "folder", 0), ("other.npz", "sets/ready", 64)):
         result = call("fid.py", "compare", a, b, "--features=pixels")
         assert float(result.stdout) == pytest.approx(expected, rel=1e-6, abs=1e-9)
         assert f"warning: {b}: 40 images are few for 16" in result.stderr and "warning: other" not in result.stderr
-
-
-def test_two_processes_sum_up_the_statistics_of_all_images(folder):
-    command = ["fid.py", "stats", folder / "samples.npz", "--features=pixels", f"--out={folder / 'two.npz'}"]
-    assert Job(command, command).finish().returncode == [0, 0]
-    flat = (torch.from_numpy(PIXELS).flatten(1).float() / 127.5 - 1).double().numpy()
-    with np.load("two.npz") as two:
-        assert two["count"] == 40
-        np.testing.assert_allclose(two["mu"], flat.mean(0), rtol=0, atol=1e-10)
-        np.testing.assert_allclose(two["sigma"], np.cov(flat.T), rtol=0, atol=1e-10)
 
 
 def test_a_torchscript_file_gives_the_features_as_in_use_not_as_in_training(folder):
@@ -179,9 +144,10 @@ def test_a_torchscript_file_gives_the_features_as_in_use_not_as_in_training(fold
             return F.dropout(x.float().mean(dim=(2, 3)), 0.5, self.training)
 
     torch.jit.script(Mean().train()).save("mean.pt")
-    mu, sigma = statistics("folder", "--features=mean.pt")
-    np.testing.assert_allclose(mu, [PIXELS.mean()] * 3, rtol=1e-6)          # grey became RGB
-    np.testing.assert_allclose(sigma, np.full((3, 3), PIXELS.mean((1, 2)).var(ddof=1)), rtol=1e-5)
+    assert call("fid.py", "stats", "folder", "--features=mean.pt", "--out=stats.npz").stdout == "stats.npz\n"
+    with np.load("stats.npz") as file:
+        np.testing.assert_allclose(file["mu"], [PIXELS.mean()] * 3, rtol=1e-6)          # grey became RGB
+        np.testing.assert_allclose(file["sigma"], np.full((3, 3), PIXELS.mean((1, 2)).var(ddof=1)), rtol=1e-5)
 
 
 def test_bad_input_is_one_line_that_names_it(folder):

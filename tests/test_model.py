@@ -46,26 +46,40 @@ def test_a_configuration_takes_its_shape_by_name_and_from_the_data_where_it_says
             DiTConfig(**{name: 16}).for_data(**facts)
 
 
-@pytest.mark.parametrize("size, grid", [("XS", 16), ("S", 4)])
-def test_28_magnitude_preserving_blocks_keep_token_rms_near_1_at_initialisation(size, grid):
-    net, seen = DiT(DiTConfig(size=size, depth=28, image_size=2 * grid, channels=4, num_classes=10)), []
-    for block in net.blocks:
+@torch.no_grad()
+def initial_rms(config):
+    """Token RMS after each block of a new network. magnitudes() must report three of them, and leave no hooks."""
+    denoiser, labels, seen = Denoiser(config), torch.arange(2), []
+    x = torch.randn(2, config.channels, config.image_size, config.image_size) * 1.25**0.5           # c_in makes it 1
+    reported = magnitudes(denoiser, x, torch.ones(2), labels)
+    assert not any(block._forward_hooks for block in denoiser.net.blocks)
+    for block in denoiser.net.blocks:
         block.register_forward_hook(lambda block, inputs, tokens: seen.append(rms(tokens).mean().item()))
-    with torch.no_grad():
-        net(torch.randn(2, 4, 2 * grid, 2 * grid), torch.randn(2), torch.arange(2))
+    denoiser(x, 1.0, labels)
+    names = ("token_rms_first", "token_rms_middle", "token_rms_last", "weight_rms")
+    assert reported == pytest.approx(dict(zip(names, [seen[0], seen[len(seen) // 2], seen[-1], 1])), rel=1e-5)
+    return seen
+
+
+@pytest.mark.parametrize("size, grid", [("XS", 16), ("S", 4)])
+def test_28_magnitude_preserving_blocks_keep_token_rms_near_1_at_initialisation_as_magnitudes_says(size, grid):
+    seen = initial_rms(DiTConfig(size=size, depth=28, image_size=2 * grid, channels=4, num_classes=10))
     assert len(seen) == 28 and 0.75 < min(seen) and max(seen) < 1.25
+
+
+def count_parameters(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in config.network().parameters())
 
 
 def test_parameter_counts_are_the_published_ones():
     """DiT, Table 4: S has 33 million, B 130 million. MaP-DiT: rotation instead of shift saves 5.4%."""
-    counts = []
-    for block, size, kind in zip(("plain", "plain", "mp", "mp"), "SBSS", ("gate", "gate", "rotate", "shift")):
-        options = dict(block=block, size=size, modulation=(kind, "scale", "gate"))
-        with torch.device("meta"):
-            net = DiT(DiTConfig(patch=4, image_size=32, channels=4, num_classes=1000, **options))
-        counts.append(sum(p.numel() for p in net.parameters()))
-    assert counts[:2] == pytest.approx([33e6, 130e6], rel=0.02)
-    assert counts[2] / counts[3] == pytest.approx(1 - 0.054, abs=0.003)
+    latents = dict(patch=4, image_size=32, channels=4, num_classes=1000)
+    for size, published in (("S", 33e6), ("B", 130e6)):
+        assert count_parameters(DiTConfig(block="plain", size=size, **latents)) == pytest.approx(published, rel=0.02)
+    rotate, shift = (count_parameters(DiTConfig(modulation=(kind, "scale", "gate"), **latents))
+                     for kind in ("rotate", "shift"))
+    assert rotate / shift == pytest.approx(1 - 0.054, abs=0.003)
 
 
 @pytest.mark.parametrize("block", FAMILIES)
@@ -159,17 +173,6 @@ def test_loss_is_the_weighted_error_over_exp_u_plus_u_of_one_linear_over_fourier
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_magnitudes_are_those_of_the_tokens_after_the_blocks_and_leave_no_hooks():
-    denoiser, x, labels, tokens = Denoiser(DiTConfig(**SMALL)), torch.randn(4, 3, 8, 8), torch.arange(4), []
-    values = magnitudes(denoiser, x, torch.ones(4), labels)
-    assert not any(block._forward_hooks for block in denoiser.net.blocks)
-    for block in denoiser.net.blocks:
-        block.register_forward_hook(lambda block, inputs, x: tokens.append(rms(x).mean().item()))
-    denoiser(x, 1.0, labels)
-    names = ("token_rms_first", "token_rms_middle", "token_rms_last", "weight_rms")
-    assert values == pytest.approx(dict(zip(names, [*tokens, 1])), rel=1e-5)
-
-
 class Loss(nn.Module):
     """The loss of a small denoiser as a module in which all parameters act, and a batch for it."""
 
@@ -203,16 +206,20 @@ def test_gradients_of_single_images_by_vmap_and_second_derivatives_are_those_of_
 
 
 @pytest.mark.parametrize("block", FAMILIES)
-def test_compiled_in_one_graph_the_loss_gives_eagers_value_gradients_and_magnitudes(block):
+def test_compiled_in_one_graph_network_and_loss_give_eagers_images_values_gradients_and_magnitudes(block):
     loss = Loss(block)
     images, labels, sigma, _ = loss.batch
-    expected = loss(*loss.batch), loss.gradients(*loss.batch), magnitudes(loss.denoiser, images, sigma, labels)
+
+    def results():
+        with torch.no_grad():                                               # compiled before magnitudes sets its hooks
+            denoised = loss.denoiser(images, 1.0, labels)
+        rms = magnitudes(loss.denoiser, images, sigma, labels)
+        return denoised, rms, loss(*loss.batch), loss.gradients(*loss.batch)
+
+    expected = results()
     for module in (loss.denoiser.net, loss):
         module.compile(backend="aot_eager", fullgraph=True)
-    with torch.no_grad():                                                   # compiled before magnitudes sets its hooks
-        loss.denoiser(images, sigma, labels)
-    actual = loss(*loss.batch), loss.gradients(*loss.batch), magnitudes(loss.denoiser, images, sigma, labels)
-    close(actual, expected, rtol=1e-5, atol=1e-5)
+    close(results(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
