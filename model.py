@@ -11,6 +11,7 @@ Where this differs from the papers' public code:
 |---------------------------------------------------------|----------------------------------------------------------|
 | MaP-DiT: q and k normalised                             | q, k and v, as in EDM2: no token's value may dominate    |
 | MaP-DiT: t = 0.3 in residual sums, whatever the depth   | 0.6/sqrt(depth): the input keeps its share at any depth  |
+| MaP-DiT: tokens enter the output as they are            | scaled to RMS 1 first: lower loss at every length        |
 | MaP-DiT: noise level by 256 features and two linears    | `width` features and one linear, as in EDM2              |
 | MaP-DiT: DDPM, 1000 steps, learned variance             | EDM2's loss for both families: only the networks differ  |
 | MaP-DiT: EMA lerps by beta                              | by 1 - beta; theirs stays close to the raw weights       |
@@ -202,7 +203,7 @@ class MPOutput(nn.Module):
 
     def forward(self, x, cond):
         theta, scale, shift, _ = self.modulation(cond)
-        return self.gain * self.linear(modulate(x, theta, scale, shift))
+        return self.gain * self.linear(modulate(normalize(x), theta, scale, shift))
 
 
 class PlainInput(nn.Module):

@@ -9,7 +9,7 @@
     D  + forced weight normalization: the stored rows are put back to RMS 1 after every step
     E  + mp residual: branches are added by mp_sum with t = residual_t, and a gate is 1 + g instead of g
     F  + mp SiLU: it replaces GELU in the MLP and SiLU in the conditioning
-    G  - LayerNorm
+    G  - LayerNorm; before the output, tokens are scaled to RMS 1 instead
     H  + mp position encoding: centred, scaled to RMS 1 and added by mp_sum with t = 0.5
     I  + mp embedding: noise level and label have RMS 1 and are added by mp_sum with t = 0.5;
          this is the magnitude-preserving DiT of model.py
@@ -180,7 +180,7 @@ class Output(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, rung = config.width, config.rung
-        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if rung < "G" else nn.Identity()
+        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if rung < "G" else normalize
         self.modulation = ZeroModulation(config, 2) if rung < "E" else Modulation(D, ("scale", "shift"))
         self.linear = linear(rung)(D, config.channels * config.patch**2)
         self.gain = nn.Parameter(torch.zeros(())) if rung >= "C" else None
