@@ -326,7 +326,7 @@ def test_a_variant_trains_resumes_and_samples_by_its_recipe_like_the_core(tmp_pa
 
 
 def test_the_variant_in_the_readme_works(tmp_path, monkeypatch):
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "variants" / "README.md").read_text(), re.DOTALL)
     (tmp_path / "variants").mkdir()
     (tmp_path / "variants" / "twice.py").write_text(next(text for text in snippets if "class Twice(DiT)" in text))
     monkeypatch.syspath_prepend(tmp_path)
