@@ -38,6 +38,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 DATASETS = Path(__file__).parent / "datasets"
 FORMAT = 2                                                                  # of a set made ready; 1 held nothing out
+HEADER = 128                                                                # bytes of a .npy file before its values
 warnings.filterwarnings("ignore", module="PIL")                             # whatever matters is raised
 
 
@@ -168,12 +169,19 @@ def load_dataset(name):
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise ValueError("was made ready by another version of this code; do it again with --overwrite")
-        arrays = [np.load(regular(folder / f"{name}.npy"), mmap_mode="r", allow_pickle=False)
-                  for name in ("images", "labels", "holdout-images", "holdout-labels")]
-        dataset, holdout = Dataset(*arrays[:2], about["facts"]), Dataset(*arrays[2:], about["facts"])
-        if (np.bincount(dataset.labels).tolist() != dataset.facts["counts"] or dataset.shape != holdout.shape
-                or any(len(part) != len(part.labels) for part in (dataset, holdout))):
-            raise ValueError("its files do not fit together; make the set ready again")
+        facts, parts = about["facts"], []
+        for part in ("", "holdout-"):
+            images, labels = (np.load(regular(folder / f"{part}{file}.npy"), mmap_mode="r", allow_pickle=False)
+                              for file in ("images", "labels"))
+            if (images.shape != (len(labels), *images.shape[1:3], images.shape[2])
+                    or images.dtype != (np.float32 if facts["latent"] else np.uint8)
+                    or len(np.bincount(labels, minlength=len(facts["counts"]))) > len(facts["counts"])):
+                raise ValueError("its files do not fit together; make the set ready again")
+            parts.append(Dataset(images, labels, facts))
+        dataset, holdout = parts
+        if (np.bincount(dataset.labels).tolist() != facts["counts"] or dataset.shape != holdout.shape
+                or not np.isfinite(facts["mean"] + facts["std"]).all() or min(facts["std"]) <= 0):
+            raise ValueError("about.json does not fit its images; make the set ready again")
     return replace(dataset, holdout=holdout if len(holdout) else None)
 
 
@@ -273,7 +281,7 @@ def read_array(open_file, name, field):
             size = 3073 if "batch" in name else 3074                        # CIFAR-100 has a coarse label before
             records = np.frombuffer(file.read(2**28), np.uint8).reshape(-1, size)
             return records[:, -3073] if field == "labels" else records[:, -3072:].reshape(-1, 3, 32, 32)
-        if head[:3] != b"\0\0\x08":
+        if len(head) < 4 or head[:3] != b"\0\0\x08":
             raise ValueError(f"{name} is neither .npy nor an idx file of bytes")
         sizes = np.frombuffer(file.read(4 + 4 * head[3]), ">u4")[1:].tolist()
         return np.frombuffer(file.read(math.prod(sizes)), np.uint8).reshape(sizes)
@@ -295,7 +303,7 @@ def as_labels(values):
     values = values.ravel() if values.size == len(values) else values       # MedMNIST's are (N, 1)
     if values.ndim == 2 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
         values = values.argmax(1)
-    if values.dtype.kind == "f" and (values % 1 == 0).all():
+    if values.dtype.kind == "f" and (abs(values) < 2**53).all() and (values % 1 == 0).all():
         values = values.astype(np.int64)
     if values.ndim != 1 or values.dtype.kind not in "iubU" or not "".join(values.astype(str)).isprintable():
         raise ValueError("labels must be one whole number, one text or one one-hot vector for each image, printable")
@@ -395,7 +403,8 @@ def labels_by_table(names, table, open_file, lines):
     """The value that the file `table`, a dataset.json [EDM], has for each file, or None if it has none at all."""
     with open_file(table) as file:
         pairs = json.loads(file.read(2**30))["labels"] or []
-    values = {table.removesuffix("dataset.json") + name: value for name, value in pairs}
+    pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
+    values = {f"{table.removesuffix('dataset.json')}{name}": value for name, value in pairs}
     if not values:
         lines.append("dataset.json has no labels")
         return None
@@ -492,7 +501,8 @@ FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 def download(url, path, sha256):
-    """Fetch a file unless there is one at `path`. It appears there whole and with this SHA-256, or its beginning."""
+    """Fetch a file unless there is one at `path`. It appears there whole.
+    sha256: its hash, or the first digits of that; a file that is there already is not checked."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)                                        # torch.hub has no time-out of its own
@@ -506,7 +516,7 @@ def write_images(files, source, made, changes, channels=1):
     changes.clear()
     first, numbers = None, ([], [])
     for file in files:
-        file.seek(128)                                                      # after the header, which is written last
+        file.seek(HEADER)                                                   # which is written last
         file.truncate()
     for i in progress(range(len(source.images)), "images made ready", len(source.images)):
         try:
@@ -517,15 +527,17 @@ def write_images(files, source, made, changes, channels=1):
             print(f"left out: {error}", file=sys.stderr)
             changes["that cannot be read, left out"] += 1
             continue
+        if made["size"] and image.dtype != np.uint8:
+            raise UserError(f"--size: {made['source']} holds latents, which cannot be resized")
         if len(image) > channels:                                           # not grey after all: begin again
             return write_images(files, source, made, changes, len(image))
         image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
         first = image if first is None else first
         C, H, W = image.shape
-        if image.shape != first.shape or H != W or made["size"] not in (None, H):
+        if image.shape != first.shape or H != W:
             raise UserError(f"{made['source']}: {source.images.names[i]} is {C}x{H}x{W}, the first is "
                             f"{'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
-                            "pictures so, but not latents")
+                            "pictures so")
         share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
         held = share < made["holdout"] if source.held_out is None else bool(source.held_out[i])
         files[held].write(image)
@@ -536,6 +548,7 @@ def write_images(files, source, made, changes, channels=1):
         file.seek(0)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(part), *first.shape)}
         np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == HEADER
     return numbers
 
 
@@ -617,7 +630,7 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     args = parser.parse_args()
     path, named, changes = Path(args.source), args.source in DOWNLOADS, Counter()
-    if not named and not path.exists():
+    if not named and not (args.source and path.exists()):
         hint = "it is the name of a set that is ready" if find_set(args.source) else f"known are {', '.join(DOWNLOADS)}"
         raise UserError(f"{args.source}: there is no such file; {hint}")
     if named and path.exists():
@@ -632,7 +645,8 @@ def main():
     if folder.exists() and not (args.overwrite and (folder / "about.json").is_file()):
         with reading(folder):
             theirs = json.loads(regular(folder / "about.json").read_text(encoding="utf-8")).get("made", {})
-            other = [f"{key} {theirs.get(key)!r}, not {value!r}" for key, value in made.items() - theirs.items()]
+            other = [f"{key} {theirs.get(key)!r}, not {value!r}" for key, value in made.items()
+                     if theirs.get(key) != value]
         if other:
             raise UserError(f"{folder} was made with {'; '.join(other)}; choose another --name, or --overwrite")
         lines = [f"{folder} is ready; if its source has changed since, use --overwrite"]

@@ -144,6 +144,8 @@ def save_file(path, content):
 def load_file(path, mmap=False):
     """What save_file() wrote, and its "sha256", on the CPU, no code unpickled. Raises ValueError for anything else."""
     try:
+        if not Path(path).is_file():                                        # opening a pipe would wait for ever
+            raise ValueError("there is no such file")
         with warnings.catch_warnings(action="ignore"):                      # whatever matters is raised
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if content.pop("format", 1) != FORMAT:
@@ -199,7 +201,11 @@ def reconstruct(folder, stds, step=None):
     sources = [source for source in sources if source[0] <= step]
     coefficients, residuals = solve_coefficients([source[:2] for source in sources], [(step, std) for std in stds])
     coefficients = torch.from_numpy(coefficients.T).float()                 # (widths, files)
-    snapshots = [load_file(path, mmap=True) for _, _, path in sources]
+    snapshots = []
+    for _, _, path in sources:
+        snapshots.append(load_file(path, mmap=True))
+        if not {"info", "weights", "buffers"} <= snapshots[-1].keys():
+            raise ValueError(f"{path}: is no snapshot")
     last, shapes = snapshots[-1], [{name: w.shape for name, w in s["weights"].items()} for s in snapshots]
     for (_, _, path), snapshot, shape in zip(sources, snapshots, shapes):
         if shape != shapes[-1] or snapshot["info"] != last["info"]:

@@ -37,8 +37,8 @@ LAYOUT = "61093f3898ff55ee"                                                 # of
 
 @torch.no_grad()
 def statistics(name, source, features, batch, device, rank=0, processes=1):
-    """mu (D,), sigma (D, D), the unbiased covariance, as numpy arrays, and the number of the feature vectors (B, D)
-    that `features` makes of the images of a source, see open_run(); the same in every process.
+    """Mean (D,), unbiased covariance (D, D) and count of the features of a source's images, the same in every process.
+    source: see open_run(). features: a function from images to features (B, D).
     Why plain sums in float64, as EDM2 has them: Inception's features have means near 0.3, so the subtraction of the
     mean at the end loses nothing, and one pass is enough."""
     count, draw, _ = source
@@ -315,8 +315,8 @@ def main():
         points = []
         for std, name, result in zip(args.std, names[1:], results):
             points.append((std, compare(result, first, (name, names[0]))))
-            print(f"EMA width {std:.3f}  distance {points[-1][1]:.6g}", flush=True)
-        print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:.3f}")
+            print(f"EMA width {std:g}  distance {points[-1][1]:.6g}", flush=True)
+        print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:g}")
         if args.plot and rank == 0:
             from variants.plots import save_plot
             save_plot(args.plot, {f"to {names[0]}": sorted(points)}, "EMA width", f"Fréchet distance, {args.features}")

@@ -11,7 +11,7 @@ Where this differs from the papers' public code:
 |---------------------------------------------------------|----------------------------------------------------------|
 | MaP-DiT: q and k normalised                             | q, k and v, as in EDM2: no token's value may dominate    |
 | MaP-DiT: t = 0.3 in residual sums, whatever the depth   | 0.6/sqrt(depth): the input keeps its share at any depth  |
-| MaP-DiT: tokens enter the output as they are            | scaled to RMS 1 first: lower loss at every length        |
+| MaP-DiT: tokens enter the output as they are            | scaled to RMS 1 first, for a lower loss                  |
 | MaP-DiT: noise level by 256 features and two linears    | `width` features and one linear, as in EDM2              |
 | MaP-DiT: DDPM, 1000 steps, learned variance             | EDM2's loss for both families: only the networks differ  |
 | MaP-DiT: EMA lerps by beta                              | by 1 - beta; theirs stays close to the raw weights       |
@@ -107,7 +107,7 @@ class DiTConfig(NetworkConfig):
     depth: int = key(0, "number of blocks (0: as size says)", 0, 1000)
     width: int = key(0, "channels of a token (0: as size says)", 0, 16384)
     heads: int = key(0, "attention heads (0: as size says)", 0, 1024)
-    residual_t: float = key(0.0, "share t of each branch in an mp block's residual sums (0: 0.6/sqrt(depth))", 0, 0.99)
+    residual_t: float = key(0.0, "share t of a branch in mp residual sums (0: 0.6/sqrt(depth), at most 0.5)", 0, 0.99)
     patch: int = key(2, "side in pixels of the square patches, one token each", 1, 1024)
     modulation: tuple[str, ...] = key(("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of "
                                       "rotate, scale, shift, gate (a plain block is always adaLN-Zero)",

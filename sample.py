@@ -224,7 +224,8 @@ def together(processes):
         if processes == 1:
             raise
         refusal = str(error)[:2000]
-    for refusal in filter(None, exchange(refusal, processes)):
+    refusal = next(filter(None, exchange(refusal, processes)), "")
+    if refusal:
         raise UserError(refusal if os.environ.get("LOCAL_RANK", "0") == "0" else "")
 
 
@@ -307,33 +308,33 @@ def main():
     denoise = guided(denoiser, args.guidance, guide, args.guidance_interval)
     share = range(rank, -(-total // processes) * processes, processes)      # of equal size, so perhaps past the last
     batches = [share[i:i + args.batch] for i in range(0, len(share), args.batch)]
-    with tempfile.TemporaryFile(dir=place) as scratch:                      # for images that memory may not hold
-        for batch in progress(batches, "images", total, lambda batch: min(len(batch) * processes, total - batch[0])):
-            numbers = [i % total for i in batch]
-            seeds = [args.seed + i for i in numbers]
-            images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps)).contiguous()
-            if folder:
-                for seed, image in zip(seeds, images):
-                    save_picture(to_picture(image), out / f"{seed:06d}.png")
-                continue
-            images = torch.stack(gather(images, processes), dim=1).flatten(0, 1)[:total - batch[0] + rank]
-            if rank == 0:
-                scratch.write(images.numpy())
-        if rank == 0 and not folder:
-            scratch.flush()
-            images = np.memmap(scratch, images.numpy().dtype, "r", shape=(total, *images.shape[1:]))
-            if npz:
-                arrays = {"latents": images} if facts["latent"] else {"arr_0": images.transpose(0, 2, 3, 1)}
-                with atomic_file(out) as file:
-                    np.savez(file, labels=labels, **arrays)
-            else:
-                frames = torch.tensor(images).view(total, -1, *images.shape[-3:]).unbind(1)     # one, or with --gif all
-                names = [facts["classes"][row] for row in rows] if facts["classes"] and not args.count else ()
-                grids = [make_grid(frame, args.columns, names) for frame in frames]
-                save_picture(grids[-1], out)
-                if args.gif:                                                # 0.1 s for each frame, 2 s for the last
-                    save_picture(grids[0], out.with_suffix(".gif"), save_all=True, append_images=grids[1:],
-                                 duration=[100] * (len(grids) - 1) + [2000], loop=0)
+    scratch = tempfile.TemporaryFile(dir=place) if rank == 0 and not folder else None   # memory may not hold them all
+    for batch in progress(batches, "images", total, lambda batch: min(len(batch) * processes, total - batch[0])):
+        numbers = [i % total for i in batch]
+        seeds = [args.seed + i for i in numbers]
+        images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps)).contiguous()
+        if folder:
+            for seed, image in zip(seeds, images):
+                save_picture(to_picture(image), out / f"{seed:06d}.png")
+            continue
+        images = torch.stack(gather(images, processes), dim=1).flatten(0, 1)[:total - batch[0] + rank]
+        if scratch:
+            scratch.write(images.numpy())
+    if scratch:
+        scratch.flush()
+        images = np.memmap(scratch, images.numpy().dtype, "r", shape=(total, *images.shape[1:]))
+        if npz:
+            arrays = {"latents": images} if facts["latent"] else {"arr_0": images.transpose(0, 2, 3, 1)}
+            with atomic_file(out) as file:
+                np.savez(file, labels=labels, **arrays)
+        else:
+            frames = torch.tensor(images).view(total, -1, *images.shape[-3:]).unbind(1)     # one, or with --gif all
+            names = [facts["classes"][row] for row in rows] if facts["classes"] and not args.count else ()
+            grids = [make_grid(frame, args.columns, names) for frame in frames]
+            save_picture(grids[-1], out)
+            if args.gif:                                                # 0.1 s for each frame, 2 s for the last
+                save_picture(grids[0], out.with_suffix(".gif"), save_all=True, append_images=grids[1:],
+                             duration=[100] * (len(grids) - 1) + [2000], loop=0)
     print(out)
     leave_processes(processes)
 

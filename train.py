@@ -73,6 +73,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_keys(self)
+        if len({round(std, 3) for std in self.ema_stds}) < len(self.ema_stds):
+            raise ValueError(f"ema_stds: {list(self.ema_stds)} must differ by 0.001 and more")
 
 
 # what may change when a run goes on (else it would be another experiment), and what may differ between processes

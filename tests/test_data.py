@@ -334,7 +334,11 @@ def test_a_damaged_set_is_one_line(tmp_path):
     about, images, labels = (whole[name] for name in ("about.json", "images.npy", "labels.npy"))
     for name, content in (("about.json", b"{"), ("about.json", about.replace(b'"format": 2', b'"format": 1')),
                           ("holdout-labels.npy", labels), ("holdout-images.npy", images[:-1]),
-                          ("images.npy", images[:-1]), ("images.npy", labels), ("labels.npy", labels[:-8] + bytes(8))):
+                          ("images.npy", images[:-1]), ("images.npy", labels), ("labels.npy", labels[:-8] + bytes(8)),
+                          ("holdout-labels.npy", saved(np.save, np.full_like(load_dataset("a").holdout.labels, 99))),
+                          ("images.npy", saved(np.save, load_dataset("a").images[..., :3])),
+                          ("images.npy", saved(np.save, load_dataset("a").images / 255)),
+                          ("about.json", re.sub(rb'"std": \[[^]]*', b'"std": [0.0', about))):
         write(data.DATASETS / "a", whole | {name: content})
         with pytest.raises(UserError, match="^[^\n]*datasets/a[^\n]*$"):
             load_dataset("a")

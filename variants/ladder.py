@@ -14,9 +14,9 @@
     I  + mp embedding: noise level and label have RMS 1 and are added by mp_sum with t = 0.5;
          this is the magnitude-preserving DiT of model.py
 
-Source: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122. The steps are the paper's. Three changes that a step needs are our
-choice: C drops the biases, E changes the gates, and I drops the second noise layer. The conditioning scales, shifts and
-gates on all rungs. Read this file beside model.py: its two families are the ends of the ladder.
+Source: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122. The steps are the paper's. What they bring besides is our choice:
+C drops the biases, E changes the gates and takes t from the depth, G scales tokens before the output, and I drops the
+second noise layer. The conditioning scales, shifts and gates on all rungs. Read this file beside model.py: its two families are the ends of the ladder.
 
 Legend: B batch, C channels, P patch, T tokens, D width.
 """

@@ -64,30 +64,35 @@ def save_plot(path, curves, x_label, y_label, x_names=None):
 
 
 def read_column(run, key):
-    """The points (step, value) of a column of a run's log, without those that are not finite."""
+    """The points (step, value) of a column of a run's log."""
     with reading(run / "log.jsonl"):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         points = [(line["step"], float(line[key])) for line in lines if key in line]
     if not points:
         names = sorted({name for line in lines for name in line})
         raise UserError(f"{run}: its log has no {key}, but {', '.join(names)}")
-    return [point for point in points if abs(point[1]) < 1e100]
+    return points
 
 
 def last_values(runs, key, against, by):
     """The last values of a column, averaged over runs that agree in two keys of their configurations, as a table on
-    the screen and as curves: {value of `by`: [(log2 of `against`, mean), ...]}."""
+    the screen and as curves: {value of `by`: [(log2 of `against`, mean), ...]}. Says which runs it leaves out: those
+    that are not finished, or whose value is not finite."""
     groups = {}
     for run in runs:
+        step, value = read_column(run, key)[-1]
         with reading(run / "config.toml"):
             config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
             config |= {f"model.{name}": value for name, value in config["model"].items()}
             if missing := {against, by or against} - config.keys():
                 raise ValueError(f"has no key {', '.join(missing)}")
-            group = f"{by} = {config[by]}" if by else key, float(config[against])
-            if group[1] <= 0:
-                raise ValueError(f"{against} = {group[1]:g} has no place on a logarithmic axis")
-        groups.setdefault(group, []).append(read_column(run, key)[-1][1])
+            name, x = f"{by} = {config[by]}" if by else key, float(config[against])
+            if x <= 0:
+                raise ValueError(f"{against} = {x:g} has no place on a logarithmic axis")
+        if step < config["steps"] or not math.isfinite(value):
+            print(f"left out: {run}, {value:g} after {step} of {config['steps']} steps")
+        else:
+            groups.setdefault((name, x), []).append(value)
     curves = {}
     for (name, x), values in sorted(groups.items()):
         spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
@@ -112,9 +117,12 @@ def main():
     if args.against:
         curves = last_values(args.runs, args.key, args.against, args.by)
         names = {x: f"{2**x:g}" for curve in curves.values() for x, _ in curve}
-        save_plot(args.out, curves, args.against, args.key, names)
     else:
-        save_plot(args.out, {str(run): read_column(run, args.key) for run in args.runs}, "step", args.key)
+        names, columns = None, {str(run): read_column(run, args.key) for run in args.runs}
+        curves = {run: [point for point in points if math.isfinite(point[1])] for run, points in columns.items()}
+    if not curves or not all(curves.values()):
+        raise UserError(f"{args.key}: there is a run without a finite value, or no finished run")
+    save_plot(args.out, curves, args.against or "step", args.key, names)
     print(args.out)
 
 

@@ -50,14 +50,14 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, H, self.mp = config.width, config.heads, config.block == "mp"
+        D, H, self.mp, self.t = config.width, config.heads, config.block == "mp", config.residual_t
         self.attention = MPAttention(D, H) if self.mp else nn.Sequential(nn.LayerNorm(D), PlainAttention(D, H))
         self.mlp = MPMLP(D, 4 * D) if self.mp else nn.Sequential(
             nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
 
     def forward(self, x, cond):
         for branch in (self.attention, self.mlp):
-            x = mp_sum(x, branch(x), t=0.3) if self.mp else x + branch(x)
+            x = mp_sum(x, branch(x), t=self.t) if self.mp else x + branch(x)
         return x
 
 
