@@ -94,6 +94,12 @@ def test_sample_scales_back_to_pixels_or_latents_and_keeps_frames_from_noise_to_
     assert (frames[:, -2].float() - images.float()).abs().max() <= 3        # at sigma_min, almost the image
 
 
+def test_an_image_depends_on_its_label_and_seed_alone_whatever_the_batch():
+    many = sample(MAIN, FACTS, [i % 3 for i in range(64)], range(64), steps=6)
+    alone = sample(MAIN, FACTS, [1], [7], steps=6)
+    assert (alone[0].int() - many[7].int()).abs().max() <= 1 and len(many.unique(dim=0)) == 64  # 1: rounding
+
+
 def save_run(folder, denoiser, width=0.05, step=10):
     info = {"variant": "", "model": vars(denoiser.net.config), "data": FACTS}
     return save_snapshot(folder / "ema", denoiser, step, width, info)
