@@ -315,8 +315,8 @@ def main():
         points = []
         for std, name, result in zip(args.std, names[1:], results):
             points.append((std, compare(result, first, (name, names[0]))))
-            print(f"EMA width {std:g}  distance {points[-1][1]:.6g}", flush=True)
-        print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:g}")
+            print(f"EMA width {std:0<5}  distance {points[-1][1]:.6g}", flush=True)
+        print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:0<5}")
         if args.plot and rank == 0:
             from variants.plots import save_plot
             save_plot(args.plot, {f"to {names[0]}": sorted(points)}, "EMA width", f"Fréchet distance, {args.features}")
