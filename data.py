@@ -523,7 +523,7 @@ def write_images(files, source, made, changes, channels=1):
             image = source.images[i]
         except UserError as error:
             if not made["skip_broken"]:
-                raise
+                raise UserError(f"{error}; --skip-broken leaves such images out") from None
             print(f"left out: {error}", file=sys.stderr)
             changes["that cannot be read, left out"] += 1
             continue
