@@ -300,9 +300,11 @@ def main():
         shape = next((run[2] for run in runs if run), None)
         known = [read_statistics(name) for name in names]
         sources = [run or found or open_images(name, shape) for name, run, found in zip(names, runs, known)]
-    results = (found or statistics(name, source, features, args.batch, device, rank, processes)
-               for name, found, source in zip(names, known, sources))
-    first = next(results)                                                   # and the others when they are asked for
+
+    def measure(i):
+        return known[i] or statistics(names[i], sources[i], features, args.batch, device, rank, processes)
+
+    first = measure(0)
     if args.command == "stats":
         mu, sigma, count = first
         if rank == 0:
@@ -310,11 +312,11 @@ def main():
                 np.savez(file, mu=mu, sigma=sigma, **({} if count is None else {"count": count}))
         print(args.out)
     elif args.command == "compare":
-        print(f"{compare(first, next(results), names):.6g}")
+        print(f"{compare(first, measure(1), names):.6g}")
     else:
         points = []
-        for std, name, result in zip(args.std, names[1:], results):
-            points.append((std, compare(result, first, (name, names[0]))))
+        for i, std in enumerate(args.std, 1):
+            points.append((std, compare(measure(i), first, (names[i], names[0]))))
             print(f"EMA width {std:0<5}  distance {points[-1][1]:.6g}", flush=True)
         print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:0<5}")
         if args.plot and rank == 0:

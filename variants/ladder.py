@@ -16,7 +16,8 @@
 
 Source: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122. The steps are the paper's. What they bring besides is our choice:
 C drops the biases, E changes the gates and takes t from the depth, G scales tokens before the output, and I drops the
-second noise layer. The conditioning scales, shifts and gates on all rungs. Read this file beside model.py: its two families are the ends of the ladder.
+second noise layer. The conditioning scales, shifts and gates on all rungs. Read this file beside model.py: its two
+families are the ends of the ladder.
 
 Legend: B batch, C channels, P patch, T tokens, D width.
 """
