@@ -367,12 +367,23 @@ def test_the_commands_of_variants_print_their_tables_and_draw_their_plots(tmp_pa
     assert [(tmp_path / name).read_text().count("<polyline") for name in ("mup.svg", "loss.svg")] == [4, 1]
 
 
+def test_the_classifier_knows_held_out_images_and_fid_tells_digits_from_noise_by_its_features(tmp_path):
+    features, noise = tmp_path / "features.pt", tmp_path / "noise.npz"
+    said = done("variants.classifier", "digits", "--epochs=8", f"--out={features}").stdout
+    assert float(re.match(r"accuracy on 100 held-out images: ([0-9.]+)%", said)[1]) > 90
+    np.savez(noise, arr_0=np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8))
+    near, far = (float(done("fid.py", "compare", "digits", other, f"--features={features}").stdout)
+                 for other in (ROOT / "datasets/digits/holdout-images.npy", noise))
+    assert 0 < near < far / 10
+
+
 def test_mistakes_are_one_line_that_names_the_key():
     for module, name, value in ((scalelong, "depth", 1), (ladder, "modulation", ("scale",)), (ladder, "block", "plain"),
                                 (ddae, "bottleneck", 3), (mup, "base_width", 0), (uvit, "modulation", ("scale",)),
                                 (unet, "block", "plain"), (unet, "multipliers", (1,) * 5)):
         with pytest.raises(ValueError, match=f"^{name}: .*$"):
             module.Config(**(UNET if module is unet else SMALL) | {name: value})
-    for command, word in (("ddae", "nowhere"), ("scalelong", "nowhere"), ("plots", "nowhere"), ("mup", "--out=a.png")):
+    for command, word in (("ddae", "nowhere"), ("scalelong", "nowhere"), ("plots", "nowhere"), ("mup", "--out=a.png"),
+                          ("classifier", "nowhere")):
         result = call(f"variants.{command}", word)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and word[:5] in result.stderr
