@@ -45,16 +45,16 @@ def key(default, doc, low=-1e18, high=1e18, choices=None):
     return field(default=default, metadata={"doc": doc, "bounds": (low, high, choices)})
 
 
-def check_value(value, kind, low, high, choices):
-    """`value` as type `kind`, within its bounds. Raises ValueError that says what it must be.
+def check_value(name, value, kind, low, high, choices):
+    """`value` as type `kind`, within its bounds. Raises ValueError: the name of the key, and what it must be.
     Why one function: command lines, TOML files and snapshots all pass through it, so a bad value is one clear line."""
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError(f"must be a list, not {repr(value)[:60]}")
-        return tuple(check_value(item, kind.__args__[0], low, high, choices) for item in value)
-    value = str(value).lower() if choices and isinstance(value, bool) else value            # as TOML writes true
-    if choices:
-        good, what = isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
+        if isinstance(value, (list, tuple)) and value:
+            return tuple(check_value(name, item, kind.__args__[0], low, high, choices) for item in value)
+        good, what = False, "a list"
+    elif choices:
+        value = str(value).lower() if isinstance(value, bool) else value    # as TOML writes true
+        good, what = value in choices, f"one of {', '.join(choices)}"
     elif kind is str:
         good, what = isinstance(value, str) and value.isprintable(), "a text of printable characters"
     elif kind is bool:
@@ -63,31 +63,29 @@ def check_value(value, kind, low, high, choices):
         good = type(value) in (int, kind) and low <= value <= high          # False for nan
         what = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
     if not good:
-        raise ValueError(f"must be {what}, not {repr(value)[:60]}")
+        raise ValueError(f"{name}: must be {what}, not {repr(value)[:60]}")
     return kind(value)
 
 
-def check_keys(config):
-    """Check every key of a configuration, in place. Raises ValueError that begins with the name of the key."""
-    for f in fields(config):
-        if "bounds" in f.metadata:
-            try:
-                setattr(config, f.name, check_value(getattr(config, f.name), f.type, *f.metadata["bounds"]))
-            except ValueError as error:
-                raise ValueError(f"{f.name}: {error}") from None
+@dataclass
+class Keys:
+    """What every configuration is: its keys are checked when it is made. Raises ValueError that begins with the name of
+    the key. Why here: no user, variant or snapshot can then make a wrong one."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            if f.metadata:                                                  # else it is a configuration itself
+                setattr(self, f.name, check_value(f.name, getattr(self, f.name), f.type, *f.metadata["bounds"]))
 
 
 @dataclass
-class NetworkConfig:
+class NetworkConfig(Keys):
     """The keys that every network has, a transformer or not. Why apart: images and labels are the same for all."""
 
     label_dropout: float = key(0.1, "share of training images shown with the null label", 0, 1)
     image_size: int = key(0, "side of the square images (0: as the dataset says)", 0, 8192)
     channels: int = key(0, "channels of the images (0: as the dataset says)", 0, 1024)
     num_classes: int = key(-1, "number of labels (-1: as the dataset says, 0: unconditional)", -1, 10**6)
-
-    def __post_init__(self):
-        check_keys(self)
 
     def for_data(self, image_size, channels, num_classes):
         """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""
@@ -383,13 +381,12 @@ def edm2_loss(model, uncertainty, images, labels, sigma, noise):
 def magnitudes(denoiser, x, sigma, labels):
     """Mean token RMS after the first, middle and last block for a batch of noisy images, and RMS of the weights.
     Why: the paper's claim is that these stay near 1 by themselves; the log shows whether they do."""
-    blocks, rms = denoiser.net.blocks, {}
+    blocks, rms = denoiser.net.blocks, []
 
-    def watch(name):
-        return lambda block, inputs, tokens: rms.update({name: tokens.float().square().mean(-1).sqrt().mean().item()})
+    def watch(block, inputs, tokens):
+        rms.append(tokens.float().square().mean(-1).sqrt().mean().item())
 
-    hooks = [block.register_forward_hook(watch(f"token_rms_{name}"))
-             for name, block in (("first", blocks[0]), ("middle", blocks[len(blocks) // 2]), ("last", blocks[-1]))]
+    hooks = [blocks[i].register_forward_hook(watch) for i in (0, len(blocks) // 2, -1)]
     compiled = "torch._dynamo" in sys.modules                               # and compiled code would not call the hooks
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         denoiser(x, sigma, labels)
@@ -397,4 +394,6 @@ def magnitudes(denoiser, x, sigma, labels):
         hook.remove()
     matrices = [p for p in denoiser.parameters() if p.ndim == 2]
     norm = torch.nn.utils.get_total_norm(matrices).item()
-    return rms | {"weight_rms": norm / math.sqrt(sum(p.numel() for p in matrices))}
+    weight_rms = norm / math.sqrt(sum(p.numel() for p in matrices))
+    names = "token_rms_first", "token_rms_middle", "token_rms_last", "weight_rms"
+    return dict(zip(names, [*rms[-3:], weight_rms]))

@@ -92,10 +92,10 @@ def choose_device(name=""):
         alone = "RANK" not in os.environ
         name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     with reading(f"device: {name[:60]!r} cannot be used"):
-        if name.split(":")[0] not in ("cuda", "mps", "cpu"):
-            raise ValueError("choose cuda, mps or cpu")
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False                                 # float32 is float32, also in convolutions
     return device
 
@@ -198,20 +198,12 @@ def leave_processes(processes):
         dist.destroy_process_group()
 
 
-def gather(mine, processes):
-    """The tensors of all processes, which have one shape, in their order."""
-    if processes == 1:
-        return [mine]
-    tensors = [torch.empty_like(mine) for _ in range(processes)]
-    dist.all_gather(tensors, mine)
-    return tensors
-
-
-def exchange(text, processes):
-    """Gather one text of up to 16 KB from each process, in their order. Why as tensors: torch's own way unpickles."""
-    padded = text.encode(errors="replace").ljust(2**14, b"\0")
-    tensors = gather(torch.tensor(list(padded), dtype=torch.uint8), processes)
-    return [bytes(tensor.tolist()).rstrip(b"\0").decode() for tensor in tensors]
+def exchange(mine, processes):
+    """What each process has to say, any value or tensor, in their order."""
+    everything = [mine] * processes
+    if processes > 1:
+        dist.all_gather_object(everything, mine)
+    return everything
 
 
 @contextmanager
@@ -317,7 +309,7 @@ def main():
             for seed, image in zip(seeds, images):
                 save_picture(to_picture(image), out / f"{seed:06d}.png")
             continue
-        images = torch.stack(gather(images, processes), dim=1).flatten(0, 1)[:total - batch[0] + rank]
+        images = torch.stack(exchange(images, processes), dim=1).flatten(0, 1)[:total - batch[0] + rank]
         if scratch:
             scratch.write(images.numpy())
     if scratch:

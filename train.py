@@ -30,18 +30,13 @@ from data import (Parser, UserError, batch_indices, describe, load_dataset, make
                   to_network)
 from ema import PowerEMA, atomic_file, list_snapshots, load_file, save_file, save_snapshot
 from layers import force_weight_normalization
-from model import Denoiser, DiTConfig, check_keys, check_value, config_class, edm2_loss, key, magnitudes
+from model import Denoiser, DiTConfig, Keys, check_value, config_class, edm2_loss, key, magnitudes
 from sample import (PRECISIONS, check_compiler, choose_device, exchange, join_processes, leave_processes, sample,
                     save_picture, together, use_bfloat16)
 
-try:
-    import fcntl
-except ImportError:                                                         # Windows has no such locks
-    fcntl = None
-
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Keys):
     """One experiment. Raises ValueError that begins with the name of the key."""
 
     out: str = key("out/run", "run directory, where everything lands")
@@ -71,11 +66,6 @@ class TrainConfig:
     save_every: int = key(500, "steps between states to resume from, in addition to the end", 1, 10**9)
     model: DiTConfig = dataclasses.field(default_factory=DiTConfig)
 
-    def __post_init__(self):
-        check_keys(self)
-        if len({round(std, 3) for std in self.ema_stds}) < len(self.ema_stds):
-            raise ValueError(f"ema_stds: {list(self.ema_stds)} must differ by 0.001 and more")
-
 
 # what may change when a run goes on (else it would be another experiment), and what may differ between processes
 RESUMABLE = {"out", "dataset", "device", "threads", "precision", "compile", "steps", "micro_batch", "learning_rate",
@@ -95,49 +85,46 @@ def parse_text(text, kind):
 
 def load_config(argv):
     """Defaults, then the TOML file of --config, then --key=value. Raises UserError that names the key and the file."""
-    first, values = Parser(None), {}
-    for name in ("--config", "--variant"):
-        first.add_argument(name)
+    first, table = Parser(None), {}                                         # the keys depend on these two options
+    first.add_argument("--config", default="")
+    first.add_argument("--variant")
     first, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if first.config:
         with reading(first.config):
-            values = tomllib.loads(regular(first.config).read_text(encoding="utf-8-sig"))
-            values |= {f"model.{name}": value for name, value in values.pop("model", {}).items()}
+            table = tomllib.loads(regular(first.config).read_text(encoding="utf-8-sig"))
+            table |= {f"model.{name}": value for name, value in table.pop("model", {}).items()}
     with reading(first.config or "--variant", ValueError):
-        Model = config_class(values.get("variant", "") if first.variant is None else first.variant)
-    keys = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "model"}
+        Model = config_class(table.get("variant", "") if first.variant is None else first.variant)
+    keys = {f.name: f for f in dataclasses.fields(TrainConfig) if f.metadata}
     keys |= {f"model.{f.name}": f for f in dataclasses.fields(Model)}
 
-    parser, config = Parser(__doc__), {}
+    parser = Parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="a TOML file of these keys, those with model. under [model]")
     for name, f in keys.items():
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{f.metadata['doc']} [{default}]")
     given, unknown = parser.parse_known_args(argv)
     given = {name: parse_text(text, keys[name].type) for name, text in vars(given).items() if name != "config"}
-    unknown = [word.split("=")[0] for word in unknown]
-    for name in (*(values.keys() - keys.keys()), *unknown):
-        where = "" if name in unknown else f"{first.config}: "
-        last = name.lstrip("-").split(".")[-1]
-        near = [key for key in keys if key.split(".")[-1] == last]              # right, in the other table
-        near = near or difflib.get_close_matches(name.lstrip("-"), [*keys, "config", "model"])
-        near = near if name.startswith("--") or where else [f"--config={name}"]
-        hint = f"did you mean {near[0]!r}?" if near else "see --help"
-        raise UserError(f"{where}{name[:300]}: unknown key; {hint}")
-    for where, table in ((f"{first.config}: ", values), ("--", given)):
+
+    for name in (*(table.keys() - keys.keys()), *(word.split("=")[0] for word in unknown)):
+        last_parts = {key.split(".")[-1]: key for key in ("config", *keys)}     # the right key may be in the other table
+        near = difflib.get_close_matches(name.lstrip("-").split(".")[-1], last_parts)
+        near = f"--config={name}" if name.endswith(".toml") else last_parts[near[0]] if near else ""
+        hint = f"did you mean {near!r}?" if near else "see --help"
+        raise UserError(f"{f'{first.config}: ' if name in table else ''}{name[:300]}: unknown key; {hint}")
+    with reading(first.config):
         for name, value in table.items():
-            with reading(f"{where}{name}"):
-                config[name] = check_value(value, keys[name].type, *keys[name].metadata["bounds"])
+            check_value(name, value, keys[name].type, *keys[name].metadata["bounds"])
     with reading("configuration", ValueError):
-        model = Model(**{name[6:]: config.pop(name) for name in list(config) if name.startswith("model.")})
-        return TrainConfig(model=model, **config)
+        values = table | given
+        model = Model(**{name[6:]: values.pop(name) for name in list(values) if name.startswith("model.")})
+        return TrainConfig(model=model, **values)
 
 
 def flatten(config):
     """The configuration by dotted names: {"seed": 0, ..., "model.depth": 12, ...}."""
-    top = dataclasses.asdict(config)
-    model = top.pop("model")
-    return top | {f"model.{name}": value for name, value in model.items()}
+    model = {f"model.{name}": value for name, value in vars(config.model).items()}
+    return {name: value for name, value in vars(config).items() if name != "model"} | model
 
 
 def differences(theirs, ours, leave_out=()):
@@ -176,8 +163,8 @@ def draw_step(config, dataset, step, device):
 
 def prepare_batch(config, facts, images, labels, draws, part):
     """Rows `part` (a slice) of a step's batch, given raw: clean images, labels after dropout, sigma and noise."""
-    draws = {name: draw[part] for name, draw in draws.items()}
-    if "posterior" in draws:                                                # a fresh draw from the VAE's posterior
+    draws = {name: draw[part].to(images.device) for name, draw in draws.items()}
+    if facts["latent"]:                                                     # a fresh draw from the VAE's posterior
         mean, std = images.chunk(2, dim=1)
         images = mean + std * draws["posterior"]
     images = to_network(images, facts)
@@ -201,22 +188,19 @@ def validation_loss(denoiser, config, dataset, rank=0, processes=1):
     """The EDM-weighted error, without u, on 2,000 pairs of a held-out image and noise, always in float32; ln sigma is
     stratified over N(-0.4, 1). Why the same pairs for every run, whatever its seed and keys: new images and noise at
     every step make a training loss too noisy to compare two runs by."""
-    device, errors = next(denoiser.parameters()).device, torch.zeros(40, dtype=torch.float64)
+    device, errors = next(denoiser.parameters()).device, []
     order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
     bfloat16, denoiser.bfloat16 = denoiser.bfloat16, False
     for part in range(rank, 40, processes):
         pairs, generator = np.arange(50 * part, 50 * (part + 1)), torch.Generator().manual_seed(part)
         share = (order[pairs] + torch.rand(50, generator=generator, dtype=torch.float64)) / 2000
-        draws = {"sigma": (torch.special.ndtri(share) - 0.4).exp().float(), "drop": torch.zeros(50, dtype=torch.bool)}
-        draws |= {name: torch.randn(50, *dataset.shape, generator=generator) for name in ("noise", "posterior")}
-        if not dataset.facts["latent"]:
-            del draws["posterior"]
+        draws = {name: torch.randn(50, *dataset.shape, generator=generator) for name in ("noise", "posterior")}
+        draws |= {"sigma": (torch.special.ndtri(share) - 0.4).exp().float(), "drop": torch.zeros(50, dtype=torch.bool)}
         (images, labels), = dataset.feed([pairs * len(dataset) // 2000], device)
-        draws = {name: draw.to(device) for name, draw in draws.items()}
         batch = prepare_batch(config, dataset.facts, images, labels, draws, slice(None))
-        errors[part] = edm2_loss(denoiser, torch.zeros_like, *batch).cpu()
+        errors.append(edm2_loss(denoiser, torch.zeros_like, *batch).item())
     denoiser.bfloat16 = bfloat16
-    return sum(over_processes(errors.tolist(), processes)) / 40
+    return over_processes([sum(errors)], processes)[0] / 40
 
 
 def optimizer_step(denoiser, optimizer, rate):
@@ -241,10 +225,11 @@ def lock_run(out):
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
+        import fcntl
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(f"out: {out} is in use by another training; choose another out") from None
-    except (OSError, AttributeError):                                       # a disk or a system that has no locks
+    except (OSError, ImportError):                                          # a disk without locks, or Windows
         print(f"warning: {out} cannot be locked; start one training in it at a time", file=sys.stderr)
     return lock
 
@@ -252,33 +237,33 @@ def lock_run(out):
 def read_state(config, facts, denoiser, ema, optimizer):
     """Load the newest good state of the run into what build() made. Returns it, or one of step 0, with "damaged": what
     is wrong with a newer one."""
-    damaged = []
-    for path in (Path(config.out) / "state.pt", Path(config.out) / "state-previous.pt"):
-        if not os.path.lexists(path):
-            continue
+    out, damaged = Path(config.out), []
+    for path in filter(os.path.lexists, (out / "state.pt", out / "state-previous.pt")):
         try:
             state = load_file(path)
+            break
         except ValueError as error:                                         # the one before it may be good
             damaged.append(str(error))
-            continue
-        with reading(path):
-            wrong = differences(state["config"], flatten(config), RESUMABLE)
-            other = [name for name, sha in facts["hashes"].items() if state["data"]["hashes"][name] != sha]
-            if wrong or other:
-                wrong = wrong or f"other {' and '.join(other)}: {describe(state['data'])}; not {describe(facts)}"
-                raise ValueError(f"was trained with {wrong}; choose another out")
-            if state["step"] > config.steps:
-                raise ValueError(f"already trained for {state['step']} steps; ask for more or choose another out")
-            denoiser.load_state_dict(state["weights"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            return {name: state[name] for name in ("step", "losses", "sha256", "config")} | {"damaged": damaged}
-    if damaged:
-        raise UserError(f"{'; '.join(damaged)}; to start anew, choose another out or remove it")
-    last = max((step for step, _, _ in list_snapshots(Path(config.out) / "ema")), default=0)
-    if last > config.save_every:                                            # one killed before its first state: fewer
-        raise UserError(f"{config.out} has snapshots up to step {last}, but no state to go on from; choose another out")
-    return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
+    else:
+        last = max((step for step, _, _ in list_snapshots(out / "ema")), default=0)
+        if last > config.save_every:                                        # one killed before its first state: fewer
+            damaged.append(f"{out} has snapshots up to step {last}, but no state to go on from")
+        if damaged:
+            raise UserError(f"{'; '.join(damaged)}; choose another out")
+        return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
+
+    with reading(path):
+        wrong = differences(state["config"], flatten(config), RESUMABLE)
+        other = [name for name, sha in facts["hashes"].items() if state["data"]["hashes"][name] != sha]
+        if wrong or other:
+            wrong = wrong or f"other {' and '.join(other)}: {describe(state['data'])}; not {describe(facts)}"
+            raise ValueError(f"was trained with {wrong}; choose another out")
+        if state["step"] > config.steps:
+            raise ValueError(f"already trained for {state['step']} steps; ask for more or choose another out")
+        denoiser.load_state_dict(state["weights"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        return {name: state[name] for name in ("step", "losses", "sha256", "config")} | {"damaged": damaged}
 
 
 def log(out, values):
@@ -295,20 +280,17 @@ def prepare_run(config, state):
     if state["damaged"]:                                                    # aside, or it would become the older state
         print(f"warning: {state['damaged'][0]}; going on from step {step}", file=sys.stderr)
         os.replace(out / "state.pt", out / "state-damaged.pt")
-    for name in ("state-next*", "config*", "log*", "ema/*", "samples/*"):   # of a training that was killed
-        for path in out.glob(f"{name}.writing"):
-            path.unlink()
-    for later, _, path in list_snapshots(out / "ema"):
-        if later > step:
-            path.unlink()
+    names = ("state-next*", "config*", "log*", "ema/*", "samples/*")
+    unfinished = [path for name in names for path in out.glob(f"{name}.writing")]       # by a training that was killed
+    for path in unfinished + [path for later, _, path in list_snapshots(out / "ema") if later > step]:
+        path.unlink()
     with atomic_file(out / "config.toml") as file:
         for name, value in flatten(config).items():
             file.write(f"{name} = {json.dumps(value, ensure_ascii=False)}\n".encode())
-    lines = []
-    if (out / "log.jsonl").exists():
-        with reading(out / "log.jsonl"):
-            text = (out / "log.jsonl").read_text().splitlines(keepends=True)
-            lines = [line for line in text if line.endswith("\n") and json.loads(line)["step"] <= step]
+    (out / "log.jsonl").touch()
+    with reading(out / "log.jsonl"):
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     with atomic_file(out / "log.jsonl") as file:
         file.write("".join(lines).encode())
     if changed := differences(state["config"], flatten(config), LOCAL):
@@ -329,16 +311,17 @@ def save_state(config, facts, denoiser, ema, optimizer, done, losses):
 
 def save_samples(config, facts, average, done):
     """Write a grid of ten samples of each of the first ten classes, always of the same seeds; latents as npz."""
-    labels = [label for label in range(min(config.model.num_classes, 10) or 1) for _ in range(10)]
+    classes = facts["classes"][:min(config.model.num_classes, 10)]          # none of an unconditional run
+    labels, seeds = np.repeat(range(len(classes) or 1), 10), range(10 * (len(classes) or 1))
     size = 4 * config.micro_batch or 100                                    # without gradients more fit
-    starts, seeds = range(0, len(labels), size), range(len(labels))
-    images = torch.cat([sample(average, facts, labels[i:i + size], seeds[i:i + size]) for i in starts])
+    batches = [slice(start, start + size) for start in range(0, len(labels), size)]
+    images = torch.cat([sample(average, facts, labels[part], seeds[part]) for part in batches])
     path = Path(config.out) / "samples" / f"{done:07d}"
     if facts["latent"]:
         with atomic_file(f"{path}.npz") as file:
             np.savez(file, latents=images.numpy(), labels=labels)
     else:
-        save_picture(make_grid(images, 10, facts["classes"][:min(config.model.num_classes, 10)]), f"{path}.png")
+        save_picture(make_grid(images, 10, classes), f"{path}.png")
 
 
 def build(config, device, bfloat16=False):
@@ -368,42 +351,34 @@ def catch_signals(processes):
     return asked
 
 
-def due(done, every, config):
-    """Whether something that happens every so many steps, and at the end, happens after `done` of them."""
-    return done == config.steps or bool(every and done % every == 0)
+def due(done, config):
+    """What is due after `done` steps, at the end all of it: a set of log, val, snapshot, sample and save."""
+    every = {name: getattr(config, f"{name}_every") for name in ("log", "val", "snapshot", "sample", "save")}
+    return {name for name, steps in every.items() if done == config.steps or steps and done % steps == 0}
 
 
-def show(config, done, loss, rate):
-    """The progress line, `rate` in steps per second: it overwrites itself on a terminal, and is a plain line elsewhere.
-    """
-    left = timedelta(seconds=round((config.steps - done) / rate))
-    text = f"step {done}/{config.steps}  loss {loss:.4f}  {rate * config.batch:.0f} images/s  {left} left"
-    terminal = sys.stdout.isatty()
-    print(f"\r\033[K{text}" if terminal else text, end="" if terminal and done < config.steps else "\n", flush=True)
-
-
-def write_due(config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss, stop):
-    """Write what is due after `done` steps: a line of the log, snapshots, samples, a state.
+def write(what, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss):
+    """Write what is due after `done` steps: lines of the log, snapshots, samples, a state.
     Why the state last: a run goes on from it, and everything before it must be on disk by then."""
     out, (total, count) = Path(config.out), losses
-    if os.fstat(lock).st_nlink == 0 or not (out / "lock").exists():
+    if not os.path.samestat(os.fstat(lock), os.stat(out / "lock")):
         raise OSError(f"{out} was deleted or moved, and another training may have its place")
-    logged = due(done, config.log_every, config)
-    if logged:
+    if "log" in what:
         images, labels, sigma, noise = batch
         rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
         log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config),
                   "loss": total / count, "gradient_norm": norm, **rms})
+        losses = [0.0, 0.0]
     if val_loss is not None:
         log(out, {"step": done, "val_loss": val_loss})
-    if due(done, config.snapshot_every, config):
-        info = {"variant": config.variant, "model": dataclasses.asdict(config.model), "data": facts}
+    if "snapshot" in what:
+        info = {"variant": config.variant, "model": vars(config.model), "data": facts}
         for std, average in ema.averages.items():
             save_snapshot(out / "ema", average, done, std, info)
-    if due(done, config.sample_every, config):
+    if "sample" in what:
         save_samples(config, facts, ema.averages[max(config.ema_stds)], done)
-    if stop or due(done, config.save_every, config):
-        save_state(config, facts, denoiser, ema, optimizer, done, [0.0, 0.0] if logged else losses)
+    if "save" in what:
+        save_state(config, facts, denoiser, ema, optimizer, done, losses)
 
 
 def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, processes):
@@ -425,7 +400,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
 
     for step in range(first, config.steps):
-        done, loss_step = step + 1, 0.0
+        done, what, loss_step = step + 1, due(step + 1, config), 0.0
         draws = draw_step(config, dataset, step, device)
         optimizer.zero_grad()
         for part in parts:
@@ -439,36 +414,40 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             ((loss + extra) * images[0].numel()).backward()                 # a sum over channels and pixels, as EDM2's
             loss_step += loss.detach()
 
-        norm = gradient_norm(denoiser) if due(done, config.log_every, config) else 0.0
+        norm = gradient_norm(denoiser) if "log" in what else 0.0
         optimizer_step(denoiser, optimizer, learning_rate(step, config))
         ema.update(denoiser, done)
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
 
-        if compiles and step == first:                                      # it does not count in images per second
-            if rank == 0:
-                print(f"the first step, which compiles the network, took {time.monotonic() - clock:.0f} s", flush=True)
+        # show progress; the time to compile does not count
+        seconds = time.monotonic() - clock
+        if compiles and step == first:
+            print(f"the first step, which compiles the network, took {seconds:.0f} s", flush=True)
+            clock, shown = time.monotonic(), done
+        elif "log" in what or seconds > 10:
+            rate = (done - shown) / seconds
+            left = timedelta(seconds=round((config.steps - done) / rate))
+            print(f"step {done}/{config.steps}  loss {losses[0] / losses[1]:.4f}  {rate * config.batch:.0f} images/s  "
+                  f"{left} left", flush=True)
             clock, shown = time.monotonic(), done
 
-        # what is due: agree on it, check the loss, write
+        # agree on what is due, check the loss, write
         stop = over_processes([len(asked)], processes)[0] > 0
-        logs, now = due(done, config.log_every, config), time.monotonic()
-        if rank == 0 and done > shown and (logs or now - clock > 10):
-            show(config, done, (losses[0] / losses[1]).item(), (done - shown) / (now - clock))
-            clock, shown = now, done
-        others = (config.save_every, config.sample_every, config.snapshot_every, config.val_every)
-        if not (stop or logs or any(due(done, every, config) for every in others)):
+        if stop:
+            what.add("save")
+        if not what:
             continue
         total, count, latest = over_processes([*losses.tolist(), loss_step.item()], processes)
         if not math.isfinite(latest):
             raise UserError("" if rank else f"the loss of step {done} is not finite; the last saved state is good, go "
                             "on from it with a lower learning rate")
         val_loss = None
-        if dataset.holdout and due(done, config.val_every, config):
+        if dataset.holdout and "val" in what:
             val_loss = validation_loss(narrowest, config, dataset.holdout, rank, processes)
         if rank == 0:
-            write_due(config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
-                      [total / processes, count / processes], norm, val_loss, stop)
-        if logs:
+            write(what, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
+                  [total / processes, count / processes], norm, val_loss)
+        if "log" in what:
             losses.zero_()
         if stop and done < config.steps:
             if rank == 0:
@@ -480,38 +459,31 @@ def main():
     rank, processes = join_processes()
     with together(processes):
         config = load_config(sys.argv[1:])
-        share, out = config.batch // processes, Path(config.out)
-        if config.batch % processes or (config.micro_batch and share % config.micro_batch):
+        if config.batch % (processes * (config.micro_batch or 1)):
             raise UserError(f"batch: {config.batch} must split evenly over {processes} processes, then by micro_batch")
         dataset, device = load_dataset(config.dataset), choose_device(config.device)
         if dataset.facts["latent"] and config.flip:
             raise UserError("flip: a mirrored latent is not the latent of the mirrored image; leave it out")
         with reading("model", ValueError):
             config.model = config.model.for_data(dataset.shape[1], dataset.shape[0], len(dataset.facts["classes"]))
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        torch.set_num_threads(config.threads or torch.get_num_threads())
         if config.compile == "true":
             check_compiler(device)
-        lock = lock_run(out) if rank == 0 else None
+        lock = lock_run(Path(config.out)) if rank == 0 else None
         model = build(config, device, use_bfloat16(config.precision, device))
         state = read_state(config, dataset.facts, *model)
     with together(processes):                                               # all go on from the same, or none does
         ours = flatten(config) | dataset.facts["hashes"] | {"step": state["step"], "state": state["sha256"]}
-        for number, text in enumerate(exchange(json.dumps(ours), processes)):
-            if wrong := differences(json.loads(text), json.loads(json.dumps(ours)), LOCAL):
+        for number, theirs in enumerate(exchange(ours, processes)):
+            if wrong := differences(theirs, ours, LOCAL):
                 raise UserError(f"process {number} has {wrong}")
-    with together(processes):
         if rank == 0:
             prepare_run(config, state)
-    if rank == 0:
-        print(f"{sum(p.numel() for p in model[0].parameters()):,} parameters, {len(dataset):,} images, "
-              f"{device.type} x {processes}, steps {state['step']} to {config.steps}"
-              f"{'' if dataset.holdout else '; no val_loss, since no image is held out'}", flush=True)
+    print(f"{sum(p.numel() for p in model[0].parameters()):,} parameters, {len(dataset):,} images, "
+          f"{device.type} x {processes}, steps {state['step']} to {config.steps}"
+          f"{'' if dataset.holdout else '; no val_loss, since no image is held out'}", flush=True)
     train(config, dataset, device, *model, state, lock, rank, processes)
-    if rank == 0:
-        print(out)
+    print(config.out)
     leave_processes(processes)
 
 
