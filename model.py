@@ -24,9 +24,7 @@ Legend: B batch, C channels, P patch, T tokens, D width.
 
 import importlib.util
 import math
-import sys
 import typing
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -387,13 +385,10 @@ def magnitudes(denoiser, x, sigma, labels):
         rms.append(tokens.float().square().mean(-1).sqrt().mean().item())
 
     hooks = [blocks[i].register_forward_hook(watch) for i in (0, len(blocks) // 2, -1)]
-    compiled = "torch._dynamo" in sys.modules                               # and compiled code would not call the hooks
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+    with torch.compiler.set_stance("force_eager"):                          # compiled code would not call the hooks
         denoiser(x, sigma, labels)
     for hook in hooks:
         hook.remove()
     matrices = [p for p in denoiser.parameters() if p.ndim == 2]
-    norm = torch.nn.utils.get_total_norm(matrices).item()
-    weight_rms = norm / math.sqrt(sum(p.numel() for p in matrices))
-    names = "token_rms_first", "token_rms_middle", "token_rms_last", "weight_rms"
-    return dict(zip(names, [*rms[-3:], weight_rms]))
+    weight_rms = torch.nn.utils.get_total_norm(matrices).item() / math.sqrt(sum(p.numel() for p in matrices))
+    return dict(zip(("token_rms_first", "token_rms_middle", "token_rms_last"), rms[-3:])) | {"weight_rms": weight_rms}

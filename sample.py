@@ -241,9 +241,10 @@ def make_parser():
     add, level, std = parser.add_argument, number(float, 0, 1e6), number(float, 0.001, 0.288)
     add("run", nargs="?", help="run directory or snapshot file (default: the run under out/ with the newest snapshot)")
     add("--ema", type=std, metavar="STD", help="EMA width (default: the widest in training)")
-    add("--labels", nargs="+", help="classes to draw, by name or number (default: all, for a grid the first 16)")
-    add("--columns", type=number(int, 1, 10**8), default=10, help="images of each class (default: 10)")
-    add("--count", type=number(int, 1, 10**8), help="number of images, with classes as often as in the data")
+    classes = parser.add_mutually_exclusive_group().add_argument
+    classes("--labels", nargs="+", help="classes to draw, by name or number (default: all, for a grid the first 16)")
+    classes("--count", type=number(int, 1, 10**8), help="number of images, with classes as often as in the data")
+    add("--columns", type=number(int, 1, 10**6), default=10, help="images of each class (default: 10)")
     add("--seed", type=number(int, 0, 4 * 10**9), default=0, help="seed of the first image, then seed + 1 (default: 0)")
     add("--batch", type=number(int, 1, 65536), default=256, help="images drawn at once (default: 256)")
     add("--steps", type=number(int, 2, 10000), default=32, help="sampler steps (default: 32)")
@@ -281,14 +282,12 @@ def main():
         rows = [find_label(name, facts["classes"]) for name in args.labels or []]
         rows = rows or range(max(config.num_classes, 1))[:16 if grid else None]
         total = args.count or len(rows) * args.columns
-        cells = total * (args.steps + 1 if args.gif else 1) * max(config.image_size, 64) ** 2
+        pixels = total * (args.steps + 1 if args.gif else 1) * max(config.image_size, 64) ** 2
         for wrong, text in (
-                (args.labels and args.count, "--labels: does not go with --count"),
                 (not (grid or npz or folder), f"--out: {out} must end in .png or .npz, or have no suffix: a directory"),
                 (args.gif and (not grid or facts["latent"]), "--gif: goes with a grid of pixels"),
                 (args.guidance_interval[0] >= args.guidance_interval[1], "--guidance-interval: LO must be below HI"),
-                (total > 10**8, f"--columns: makes {total:,} images, more than 10**8"),
-                (grid and cells > 10**8, f"--columns: {total:,} images are too many for a grid; use --out=FILE.npz"),
+                (grid and pixels > 10**8, f"--columns: {total:,} images are too many for a grid; use --out=FILE.npz"),
                 (folder and any(out.glob("*.png")), f"--out: {out} holds images already, which these would mix with")):
             if wrong:
                 raise UserError(text)
@@ -298,18 +297,18 @@ def main():
         place.mkdir(parents=True, exist_ok=True)                            # fails now rather than after the work
 
     denoise = guided(denoiser, args.guidance, guide, args.guidance_interval)
-    share = range(rank, -(-total // processes) * processes, processes)      # of equal size, so perhaps past the last
-    batches = [share[i:i + args.batch] for i in range(0, len(share), args.batch)]
     scratch = tempfile.TemporaryFile(dir=place) if rank == 0 and not folder else None   # memory may not hold them all
-    for batch in progress(batches, "images", total, lambda batch: min(len(batch) * processes, total - batch[0])):
-        numbers = [i % total for i in batch]
+    at_once = args.batch * processes
+    for start in progress(range(0, total, at_once), "images", total, lambda start: min(at_once, total - start)):
+        share = min(args.batch, -(-(total - start) // processes))           # of equal size, so perhaps past the last
+        numbers = [(start + rank * share + i) % total for i in range(share)]
         seeds = [args.seed + i for i in numbers]
-        images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps)).contiguous()
+        images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps))
         if folder:
             for seed, image in zip(seeds, images):
                 save_picture(to_picture(image), out / f"{seed:06d}.png")
             continue
-        images = torch.stack(exchange(images, processes), dim=1).flatten(0, 1)[:total - batch[0] + rank]
+        images = torch.cat(exchange(images, processes))[:total - start]
         if scratch:
             scratch.write(images.numpy())
     if scratch:

@@ -6,7 +6,6 @@ Started again with the same `out`, a run goes on from its last saved state, and 
 """
 
 import argparse
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -17,8 +16,7 @@ import sys
 import time
 import tomllib
 import typing
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +62,7 @@ class TrainConfig(Keys):
     sample_every: int = key(0, "steps between sample grids, in addition to the end (0: none)", 0, 10**9)
     snapshot_every: int = key(0, "steps between EMA snapshots, in addition to the end (0: none)", 0, 10**9)
     save_every: int = key(500, "steps between states to resume from, in addition to the end", 1, 10**9)
-    model: DiTConfig = dataclasses.field(default_factory=DiTConfig)
+    model: DiTConfig = field(default_factory=DiTConfig)
 
 
 # what may change when a run goes on (else it would be another experiment), and what may differ between processes
@@ -95,8 +93,8 @@ def load_config(argv):
             table |= {f"model.{name}": value for name, value in table.pop("model", {}).items()}
     with reading(first.config or "--variant", ValueError):
         Model = config_class(table.get("variant", "") if first.variant is None else first.variant)
-    keys = {f.name: f for f in dataclasses.fields(TrainConfig) if f.metadata}
-    keys |= {f"model.{f.name}": f for f in dataclasses.fields(Model)}
+    keys = {f.name: f for f in fields(TrainConfig) if f.metadata}
+    keys |= {f"model.{f.name}": f for f in fields(Model)}
 
     parser = Parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="a TOML file of these keys, those with model. under [model]")
@@ -107,10 +105,10 @@ def load_config(argv):
     given = {name: parse_text(text, keys[name].type) for name, text in vars(given).items() if name != "config"}
 
     for name in (*(table.keys() - keys.keys()), *(word.split("=")[0] for word in unknown)):
-        last_parts = {key.split(".")[-1]: key for key in ("config", *keys)}     # the right key may be in the other table
-        near = difflib.get_close_matches(name.lstrip("-").split(".")[-1], last_parts)
-        near = f"--config={name}" if name.endswith(".toml") else last_parts[near[0]] if near else ""
-        hint = f"did you mean {near!r}?" if near else "see --help"
+        known = {key.split(".")[-1]: key for key in ("config", *keys)}      # the right key may be in the other table
+        near = [known[last] for last in difflib.get_close_matches(name.lstrip("-").split(".")[-1], known)]
+        near = [f"--config={name}"] if name.endswith(".toml") else near
+        hint = f"did you mean {near[0]!r}?" if near else "see --help"
         raise UserError(f"{f'{first.config}: ' if name in table else ''}{name[:300]}: unknown key; {hint}")
     with reading(first.config):
         for name, value in table.items():
@@ -135,10 +133,9 @@ def differences(theirs, ours, leave_out=()):
 
 def learning_rate(step, config):
     """Linear warm-up, a plateau at alpha_ref, then 1/sqrt decay [EDM2, Eq. 67]; step counts from 0."""
-    rate = config.learning_rate
-    if config.decay_steps:
-        rate /= math.sqrt(max(step / config.decay_steps, 1))
-    return rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
+    warmup = min((step + 1) / (config.warmup_steps + 1), 1)
+    decay = max(step / config.decay_steps, 1) if config.decay_steps else 1
+    return config.learning_rate / math.sqrt(decay) * warmup
 
 
 def random_numbers(config, number, device):
@@ -269,8 +266,7 @@ def read_state(config, facts, denoiser, ema, optimizer):
 def log(out, values):
     """Append one line to log.jsonl, on disk before a later state is; nothing in it depends on the clock."""
     with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(values) + "\n")
-        file.flush()
+        print(json.dumps(values), file=file, flush=True)
         os.fsync(file.fileno())
 
 
@@ -312,14 +308,13 @@ def save_state(config, facts, denoiser, ema, optimizer, done, losses):
 def save_samples(config, facts, average, done):
     """Write a grid of ten samples of each of the first ten classes, always of the same seeds; latents as npz."""
     classes = facts["classes"][:min(config.model.num_classes, 10)]          # none of an unconditional run
-    labels, seeds = np.repeat(range(len(classes) or 1), 10), range(10 * (len(classes) or 1))
-    size = 4 * config.micro_batch or 100                                    # without gradients more fit
-    batches = [slice(start, start + size) for start in range(0, len(labels), size)]
-    images = torch.cat([sample(average, facts, labels[part], seeds[part]) for part in batches])
+    labels = torch.arange(len(classes) or 1).repeat_interleave(10)
+    parts = torch.arange(len(labels)).split(4 * config.micro_batch or 100)  # without gradients more fit
+    images = torch.cat([sample(average, facts, labels[part], part.tolist()) for part in parts])
     path = Path(config.out) / "samples" / f"{done:07d}"
     if facts["latent"]:
         with atomic_file(f"{path}.npz") as file:
-            np.savez(file, latents=images.numpy(), labels=labels)
+            np.savez(file, latents=images, labels=labels)
     else:
         save_picture(make_grid(images, 10, classes), f"{path}.png")
 
@@ -357,13 +352,13 @@ def due(done, config):
     return {name for name, steps in every.items() if done == config.steps or steps and done % steps == 0}
 
 
-def write(what, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss):
-    """Write what is due after `done` steps: lines of the log, snapshots, samples, a state.
+def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss):
+    """Write what is due after `done` steps, of which `now` is the set: lines of the log, snapshots, samples, a state.
     Why the state last: a run goes on from it, and everything before it must be on disk by then."""
     out, (total, count) = Path(config.out), losses
     if not os.path.samestat(os.fstat(lock), os.stat(out / "lock")):
         raise OSError(f"{out} was deleted or moved, and another training may have its place")
-    if "log" in what:
+    if "log" in now:
         images, labels, sigma, noise = batch
         rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
         log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config),
@@ -371,13 +366,13 @@ def write(what, config, facts, denoiser, ema, optimizer, lock, done, batch, loss
         losses = [0.0, 0.0]
     if val_loss is not None:
         log(out, {"step": done, "val_loss": val_loss})
-    if "snapshot" in what:
+    if "snapshot" in now:
         info = {"variant": config.variant, "model": vars(config.model), "data": facts}
         for std, average in ema.averages.items():
             save_snapshot(out / "ema", average, done, std, info)
-    if "sample" in what:
+    if "sample" in now:
         save_samples(config, facts, ema.averages[max(config.ema_stds)], done)
-    if "save" in what:
+    if "save" in now:
         save_state(config, facts, denoiser, ema, optimizer, done, losses)
 
 
@@ -400,7 +395,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
 
     for step in range(first, config.steps):
-        done, what, loss_step = step + 1, due(step + 1, config), 0.0
+        done, now, loss_step = step + 1, due(step + 1, config), 0.0
         draws = draw_step(config, dataset, step, device)
         optimizer.zero_grad()
         for part in parts:
@@ -414,7 +409,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             ((loss + extra) * images[0].numel()).backward()                 # a sum over channels and pixels, as EDM2's
             loss_step += loss.detach()
 
-        norm = gradient_norm(denoiser) if "log" in what else 0.0
+        norm = gradient_norm(denoiser) if "log" in now else 0.0
         optimizer_step(denoiser, optimizer, learning_rate(step, config))
         ema.update(denoiser, done)
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
@@ -424,30 +419,29 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         if compiles and step == first:
             print(f"the first step, which compiles the network, took {seconds:.0f} s", flush=True)
             clock, shown = time.monotonic(), done
-        elif "log" in what or seconds > 10:
+        elif "log" in now or seconds > 10:
             rate = (done - shown) / seconds
-            left = timedelta(seconds=round((config.steps - done) / rate))
             print(f"step {done}/{config.steps}  loss {losses[0] / losses[1]:.4f}  {rate * config.batch:.0f} images/s  "
-                  f"{left} left", flush=True)
+                  f"{(config.steps - done) / rate / 60:.1f} min left", flush=True)
             clock, shown = time.monotonic(), done
 
         # agree on what is due, check the loss, write
         stop = over_processes([len(asked)], processes)[0] > 0
         if stop:
-            what.add("save")
-        if not what:
+            now.add("save")
+        if not now:
             continue
         total, count, latest = over_processes([*losses.tolist(), loss_step.item()], processes)
         if not math.isfinite(latest):
             raise UserError("" if rank else f"the loss of step {done} is not finite; the last saved state is good, go "
                             "on from it with a lower learning rate")
         val_loss = None
-        if dataset.holdout and "val" in what:
+        if dataset.holdout and "val" in now:
             val_loss = validation_loss(narrowest, config, dataset.holdout, rank, processes)
         if rank == 0:
-            write(what, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
+            write(now, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
                   [total / processes, count / processes], norm, val_loss)
-        if "log" in what:
+        if "log" in now:
             losses.zero_()
         if stop and done < config.steps:
             if rank == 0:
