@@ -67,8 +67,8 @@ def check_value(name, value, kind, low, high, choices):
 
 @dataclass
 class Keys:
-    """What every configuration is: its keys are checked when it is made. Raises ValueError that begins with the name of
-    the key. Why here: no user, variant or snapshot can then make a wrong one."""
+    """The base of every configuration: its keys are checked when it is made. Raises ValueError that begins with the
+    name of the key. Why here: then no user, variant or snapshot can make a wrong one."""
 
     def __post_init__(self):
         for f in fields(self):

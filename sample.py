@@ -199,7 +199,7 @@ def leave_processes(processes):
 
 
 def exchange(mine, processes):
-    """What each process has to say, any value or tensor, in their order."""
+    """Gather `mine`, any value or a tensor on the CPU, from all processes, in their order."""
     everything = [mine] * processes
     if processes > 1:
         dist.all_gather_object(everything, mine)

@@ -81,30 +81,34 @@ def parse_text(text, kind):
         return text
 
 
+def add_options(parser, Class, prefix=""):
+    """An option for each key of a configuration class. Returns the dataclass fields by the names of their options."""
+    keys = {f"{prefix}{f.name}": f for f in fields(Class) if f.metadata}
+    for name, f in keys.items():
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{f.metadata['doc']} [{default}]")
+    return keys
+
+
 def load_config(argv):
     """Defaults, then the TOML file of --config, then --key=value. Raises UserError that names the key and the file."""
-    first, table = Parser(None), {}                                         # the keys depend on these two options
-    first.add_argument("--config", default="")
-    first.add_argument("--variant")
-    first, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    parser, table = Parser(__doc__), {}
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of these keys, those with model. under [model]")
+    keys = add_options(parser, TrainConfig)
+    first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if first.config:
         with reading(first.config):
             table = tomllib.loads(regular(first.config).read_text(encoding="utf-8-sig"))
             table |= {f"model.{name}": value for name, value in table.pop("model", {}).items()}
     with reading(first.config or "--variant", ValueError):
-        Model = config_class(table.get("variant", "") if first.variant is None else first.variant)
-    keys = {f.name: f for f in fields(TrainConfig) if f.metadata}
-    keys |= {f"model.{f.name}": f for f in fields(Model)}
-
-    parser = Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of these keys, those with model. under [model]")
-    for name, f in keys.items():
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{f.metadata['doc']} [{default}]")
+        Model = config_class(getattr(first, "variant", table.get("variant", "")))
+    keys |= add_options(parser, Model, "model.")                            # a variant has more of them
     given, unknown = parser.parse_known_args(argv)
     given = {name: parse_text(text, keys[name].type) for name, text in vars(given).items() if name != "config"}
 
-    for name in (*(table.keys() - keys.keys()), *(word.split("=")[0] for word in unknown)):
+    unknown = [name for name in table if name not in keys] + [word.split("=")[0] for word in unknown]
+    if unknown:
+        name = unknown[0]
         known = {key.split(".")[-1]: key for key in ("config", *keys)}      # the right key may be in the other table
         near = [known[last] for last in difflib.get_close_matches(name.lstrip("-").split(".")[-1], known)]
         near = [f"--config={name}"] if name.endswith(".toml") else near
@@ -294,17 +298,6 @@ def prepare_run(config, state):
         print(f"changed since the last training: {changed}", flush=True)
 
 
-def save_state(config, facts, denoiser, ema, optimizer, done, losses):
-    """Save all that read_state() needs, and keep the state before it. losses: sum and count since the last log line."""
-    path = Path(config.out) / "state.pt"
-    save_file(path.with_name("state-next.pt"), {
-        "step": done, "losses": losses, "config": flatten(config), "data": facts,
-        "weights": denoiser.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
-    if path.exists():
-        os.replace(path, path.with_name("state-previous.pt"))
-    os.replace(path.with_name("state-next.pt"), path)
-
-
 def save_samples(config, facts, average, done):
     """Write a grid of ten samples of each of the first ten classes, always of the same seeds; latents as npz."""
     classes = facts["classes"][:min(config.model.num_classes, 10)]          # none of an unconditional run
@@ -353,7 +346,8 @@ def due(done, config):
 
 
 def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss):
-    """Write what is due after `done` steps, of which `now` is the set: lines of the log, snapshots, samples, a state.
+    """Write what is due after `done` steps, of which `now` is the set: lines of the log, snapshots, samples, and a
+    state, beside the one before it. losses: sum and count since the last line of the log.
     Why the state last: a run goes on from it, and everything before it must be on disk by then."""
     out, (total, count) = Path(config.out), losses
     if not os.path.samestat(os.fstat(lock), os.stat(out / "lock")):
@@ -373,7 +367,12 @@ def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losse
     if "sample" in now:
         save_samples(config, facts, ema.averages[max(config.ema_stds)], done)
     if "save" in now:
-        save_state(config, facts, denoiser, ema, optimizer, done, losses)
+        save_file(out / "state-next.pt", {
+            "step": done, "losses": losses, "config": flatten(config), "data": facts,
+            "weights": denoiser.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+        if (out / "state.pt").exists():
+            os.replace(out / "state.pt", out / "state-previous.pt")
+        os.replace(out / "state-next.pt", out / "state.pt")
 
 
 def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, processes):
@@ -390,6 +389,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     model = DistributedDataParallel(denoiser) if processes > 1 else denoiser
     compiles = config.compile == "true" or config.compile == "auto" and device.type == "cuda"
     if compiles:
+        check_compiler(device)
         denoiser.net.compile()
     losses = torch.tensor(state["losses"], device=device)                   # sum and count since the last log line
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
@@ -461,8 +461,6 @@ def main():
         with reading("model", ValueError):
             config.model = config.model.for_data(dataset.shape[1], dataset.shape[0], len(dataset.facts["classes"]))
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        if config.compile == "true":
-            check_compiler(device)
         lock = lock_run(Path(config.out)) if rank == 0 else None
         model = build(config, device, use_bfloat16(config.precision, device))
         state = read_state(config, dataset.facts, *model)
