@@ -17,6 +17,7 @@ import time
 import tomllib
 import typing
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +346,15 @@ def due(done, config):
     return {name for name, steps in every.items() if done == config.steps or steps and done % steps == 0}
 
 
+def show(config, done, loss, rate):
+    """The progress line, `rate` in steps per second: it overwrites itself on a terminal, and is a plain line elsewhere.
+    """
+    left = timedelta(seconds=round((config.steps - done) / rate))
+    text = f"step {done}/{config.steps}  loss {loss:.4f}  {rate * config.batch:.0f} images/s  {left} left"
+    terminal = sys.stdout.isatty()
+    print(f"\r\033[K{text}" if terminal else text, end="" if terminal and done < config.steps else "\n", flush=True)
+
+
 def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss):
     """Write what is due after `done` steps, of which `now` is the set: lines of the log, snapshots, samples, and a
     state, beside the one before it. losses: sum and count since the last line of the log.
@@ -389,7 +399,6 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     model = DistributedDataParallel(denoiser) if processes > 1 else denoiser
     compiles = config.compile == "true" or config.compile == "auto" and device.type == "cuda"
     if compiles:
-        check_compiler(device)
         denoiser.net.compile()
     losses = torch.tensor(state["losses"], device=device)                   # sum and count since the last log line
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
@@ -420,9 +429,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             print(f"the first step, which compiles the network, took {seconds:.0f} s", flush=True)
             clock, shown = time.monotonic(), done
         elif "log" in now or seconds > 10:
-            rate = (done - shown) / seconds
-            print(f"step {done}/{config.steps}  loss {losses[0] / losses[1]:.4f}  {rate * config.batch:.0f} images/s  "
-                  f"{(config.steps - done) / rate / 60:.1f} min left", flush=True)
+            show(config, done, losses[0] / losses[1], (done - shown) / seconds)
             clock, shown = time.monotonic(), done
 
         # agree on what is due, check the loss, write
@@ -461,13 +468,15 @@ def main():
         with reading("model", ValueError):
             config.model = config.model.for_data(dataset.shape[1], dataset.shape[0], len(dataset.facts["classes"]))
         torch.set_num_threads(config.threads or torch.get_num_threads())
+        if config.compile == "true":
+            check_compiler(device)
         lock = lock_run(Path(config.out)) if rank == 0 else None
         model = build(config, device, use_bfloat16(config.precision, device))
         state = read_state(config, dataset.facts, *model)
     with together(processes):                                               # all go on from the same, or none does
         ours = flatten(config) | dataset.facts["hashes"] | {"step": state["step"], "state": state["sha256"]}
-        for number, theirs in enumerate(exchange(ours, processes)):
-            if wrong := differences(theirs, ours, LOCAL):
+        for number, text in enumerate(exchange(json.dumps(ours), processes)):
+            if wrong := differences(json.loads(text), json.loads(json.dumps(ours)), LOCAL):
                 raise UserError(f"process {number} has {wrong}")
         if rank == 0:
             prepare_run(config, state)
