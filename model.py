@@ -66,7 +66,7 @@ def check_value(name, value, kind, low, high, choices):
 
 
 @dataclass
-class Keys:
+class Configuration:
     """The base of every configuration: its keys are checked when it is made. Raises ValueError that begins with the
     name of the key. Why here: then no user, variant or snapshot can make a wrong one."""
 
@@ -77,7 +77,7 @@ class Keys:
 
 
 @dataclass
-class NetworkConfig(Keys):
+class NetworkConfig(Configuration):
     """The keys that every network has, a transformer or not. Why apart: images and labels are the same for all."""
 
     label_dropout: float = key(0.1, "share of training images shown with the null label", 0, 1)
@@ -138,7 +138,10 @@ def config_class(variant=""):
         return DiTConfig
     if not (str(variant).isidentifier() and importlib.util.find_spec(f"variants.{variant}")):
         raise ValueError(f"there is no variants/{str(variant)[:60]}.py")
-    return importlib.import_module(f"variants.{variant}").Config
+    module = importlib.import_module(f"variants.{variant}")
+    if not hasattr(module, "Config"):
+        raise ValueError(f"variants/{variant}.py is no network to train")
+    return module.Config
 
 
 def position_embedding(width, grid):
@@ -379,16 +382,17 @@ def edm2_loss(model, uncertainty, images, labels, sigma, noise):
 def magnitudes(denoiser, x, sigma, labels):
     """Mean token RMS after the first, middle and last block for a batch of noisy images, and RMS of the weights.
     Why: the paper's claim is that these stay near 1 by themselves; the log shows whether they do."""
-    blocks, rms = denoiser.net.blocks, []
+    blocks, rms = denoiser.net.blocks, {}
 
-    def watch(block, inputs, tokens):
-        rms.append(tokens.float().square().mean(-1).sqrt().mean().item())
+    def watch(name):
+        return lambda block, inputs, tokens: rms.update({name: tokens.float().square().mean(-1).sqrt().mean().item()})
 
-    hooks = [blocks[i].register_forward_hook(watch) for i in (0, len(blocks) // 2, -1)]
+    hooks = [blocks[i].register_forward_hook(watch(f"token_rms_{name}"))
+             for name, i in (("first", 0), ("middle", len(blocks) // 2), ("last", -1))]
     with torch.compiler.set_stance("force_eager"):                          # compiled code would not call the hooks
         denoiser(x, sigma, labels)
     for hook in hooks:
         hook.remove()
     matrices = [p for p in denoiser.parameters() if p.ndim == 2]
     weight_rms = torch.nn.utils.get_total_norm(matrices).item() / math.sqrt(sum(p.numel() for p in matrices))
-    return dict(zip(("token_rms_first", "token_rms_middle", "token_rms_last"), rms[-3:])) | {"weight_rms": weight_rms}
+    return rms | {"weight_rms": weight_rms}

@@ -92,6 +92,8 @@ def choose_device(name=""):
         alone = "RANK" not in os.environ
         name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     with reading(f"device: {name[:60]!r} cannot be used"):
+        if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+            raise ValueError("choose cuda, mps or cpu")
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
@@ -191,14 +193,14 @@ def join_processes():
     return rank, processes
 
 
-def leave_processes(processes):
-    """Wait for the others, who may still be writing, disconnect and end. Why not as Python ends: in one of ten runs a
-    thread of torch.distributed (2.13) aborts a process that does so, and torchrun then reports a failure."""
+def leave_processes(processes, code=0):
+    """Wait for the others, who may still be writing, disconnect and end with an exit code. Why not as Python ends: in
+    one of ten runs torch.distributed (2.13) aborts a process that does so, and torchrun then reports a failure."""
     if processes > 1:
         dist.all_reduce(torch.zeros(1))                                     # on the CPU: a barrier may ask for a GPU
         dist.destroy_process_group()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def gather(mine, processes):
@@ -297,6 +299,7 @@ def main():
                 (not (grid or npz or folder), f"--out: {out} must end in .png or .npz, or have no suffix: a directory"),
                 (args.gif and (not grid or facts["latent"]), "--gif: goes with a grid of pixels"),
                 (args.guidance_interval[0] >= args.guidance_interval[1], "--guidance-interval: LO must be below HI"),
+                (total > 10**8, f"--columns: makes {total:,} images, more than 10**8"),
                 (grid and pixels > 10**8, f"--columns: {total:,} images are too many for a grid; use --out=FILE.npz"),
                 (folder and any(out.glob("*.png")), f"--out: {out} holds images already, which these would mix with")):
             if wrong:

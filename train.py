@@ -16,7 +16,7 @@ import sys
 import time
 import tomllib
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,13 +29,13 @@ from data import (Parser, UserError, batch_indices, describe, load_dataset, make
                   to_network)
 from ema import PowerEMA, atomic_file, list_snapshots, load_file, save_file, save_snapshot
 from layers import force_weight_normalization
-from model import Denoiser, DiTConfig, Keys, check_value, config_class, edm2_loss, key, magnitudes
+from model import Configuration, Denoiser, DiTConfig, check_value, config_class, edm2_loss, key, magnitudes
 from sample import (PRECISIONS, check_compiler, choose_device, exchange, join_processes, leave_processes, sample,
                     save_picture, together, use_bfloat16)
 
 
 @dataclass
-class TrainConfig(Keys):
+class TrainConfig(Configuration):
     """One experiment. Raises ValueError that begins with the name of the key."""
 
     out: str = key("out/run", "run directory, where everything lands")
@@ -64,6 +64,11 @@ class TrainConfig(Keys):
     snapshot_every: int = key(0, "steps between EMA snapshots, in addition to the end (0: none)", 0, 10**9)
     save_every: int = key(500, "steps between states to resume from, in addition to the end", 1, 10**9)
     model: DiTConfig = field(default_factory=DiTConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len({round(std, 3) for std in self.ema_stds}) < len(self.ema_stds):
+            raise ValueError(f"ema_stds: {list(self.ema_stds)} must differ by 0.001 and more")
 
 
 # what may change when a run goes on (else it would be another experiment), and what may differ between processes
@@ -107,17 +112,18 @@ def load_config(argv):
     given, unknown = parser.parse_known_args(argv)
     given = {name: parse_text(text, keys[name].type) for name, text in vars(given).items() if name != "config"}
 
-    unknown = [name for name in table if name not in keys] + [word.split("=")[0] for word in unknown]
-    if unknown:
-        name = unknown[0]
+    unknown = [word.split("=")[0] for word in unknown]
+    for name in (*unknown, *(table.keys() - keys.keys())):
         known = {key.split(".")[-1]: key for key in ("config", *keys)}      # the right key may be in the other table
         near = [known[last] for last in difflib.get_close_matches(name.lstrip("-").split(".")[-1], known)]
-        near = [f"--config={name}"] if name.endswith(".toml") else near
+        near = [f"config={name}"] if name.endswith(".toml") else near
+        near = [f"--{key}" if name in unknown else key for key in near]
         hint = f"did you mean {near[0]!r}?" if near else "see --help"
-        raise UserError(f"{f'{first.config}: ' if name in table else ''}{name[:300]}: unknown key; {hint}")
-    with reading(first.config):
-        for name, value in table.items():
-            check_value(name, value, keys[name].type, *keys[name].metadata["bounds"])
+        raise UserError(f"{'' if name in unknown else f'{first.config}: '}{name[:300]}: unknown key; {hint}")
+    for where, values in ((first.config, table), ("command line", given)):
+        with reading(where):
+            for name, value in values.items():
+                check_value(name, value, keys[name].type, *keys[name].metadata["bounds"])
     with reading("configuration", ValueError):
         values = table | given
         model = Model(**{name[6:]: values.pop(name) for name in list(values) if name.startswith("model.")})
@@ -126,8 +132,9 @@ def load_config(argv):
 
 def flatten(config):
     """The configuration by dotted names: {"seed": 0, ..., "model.depth": 12, ...}."""
-    model = {f"model.{name}": value for name, value in vars(config.model).items()}
-    return {name: value for name, value in vars(config).items() if name != "model"} | model
+    top = asdict(config)
+    model = top.pop("model")
+    return top | {f"model.{name}": value for name, value in model.items()}
 
 
 def differences(theirs, ours, leave_out=()):
@@ -360,7 +367,7 @@ def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losse
     state, beside the one before it. losses: sum and count since the last line of the log.
     Why the state last: a run goes on from it, and everything before it must be on disk by then."""
     out, (total, count) = Path(config.out), losses
-    if not os.path.samestat(os.fstat(lock), os.stat(out / "lock")):
+    if not ((out / "lock").exists() and os.path.samestat(os.fstat(lock), os.stat(out / "lock"))):
         raise OSError(f"{out} was deleted or moved, and another training may have its place")
     if "log" in now:
         images, labels, sigma, noise = batch
@@ -371,7 +378,7 @@ def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losse
     if val_loss is not None:
         log(out, {"step": done, "val_loss": val_loss})
     if "snapshot" in now:
-        info = {"variant": config.variant, "model": vars(config.model), "data": facts}
+        info = {"variant": config.variant, "model": asdict(config.model), "data": facts}
         for std, average in ema.averages.items():
             save_snapshot(out / "ema", average, done, std, info)
     if "sample" in now:
@@ -424,13 +431,13 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
 
         # show progress; the time to compile does not count
-        seconds = time.monotonic() - clock
+        moment, seconds = time.monotonic(), time.monotonic() - clock
         if compiles and step == first:
             print(f"the first step, which compiles the network, took {seconds:.0f} s", flush=True)
-            clock, shown = time.monotonic(), done
+            clock, shown = moment, done
         elif "log" in now or seconds > 10:
             show(config, done, losses[0] / losses[1], (done - shown) / seconds)
-            clock, shown = time.monotonic(), done
+            clock, shown = moment, done
 
         # agree on what is due, check the loss, write
         stop = over_processes([len(asked)], processes)[0] > 0
@@ -453,7 +460,8 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         if stop and done < config.steps:
             if rank == 0:
                 print(f"stopped after step {done}, saved; the same command goes on", file=sys.stderr)
-            sys.exit(128 + (asked or [signal.SIGTERM])[0])
+            leave_processes(processes, code := 128 + (asked or [signal.SIGTERM])[0])
+            sys.exit(code)
 
 
 def main():
@@ -467,7 +475,8 @@ def main():
             raise UserError("flip: a mirrored latent is not the latent of the mirrored image; leave it out")
         with reading("model", ValueError):
             config.model = config.model.for_data(dataset.shape[1], dataset.shape[0], len(dataset.facts["classes"]))
-        torch.set_num_threads(config.threads or torch.get_num_threads())
+        if config.threads:
+            torch.set_num_threads(config.threads)
         if config.compile == "true":
             check_compiler(device)
         lock = lock_run(Path(config.out)) if rank == 0 else None

@@ -129,7 +129,7 @@ def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_
     ("depth = 3", "FILE: depth: unknown key; did you mean 'model.depth'?"),
     ('steps = "100"', "FILE: steps: must be a whole number"),
     ("--config=nowhere.toml", "nowhere.toml: there is no such file"),
-    ("--learning=10", "--learning: unknown key; did you mean 'learning_rate'?"),            # not an abbreviation
+    ("--learning=10", "--learning: unknown key; did you mean '--learning_rate'?"),          # not an abbreviation
     ("--seed=1 digits.toml", "digits.toml: unknown key; did you mean '--config=digits.toml'?"),
     ("--xyzzy=1", "--xyzzy: unknown key; see --help"),
     ("--model.channels=3", "channels: 3, but the dataset has 1"),
