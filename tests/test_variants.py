@@ -316,7 +316,7 @@ def test_a_plot_has_a_line_and_a_name_for_each_curve_and_each_point_lies_where_i
                                           ("unet", "--model.base=4"), ("uvit", "--model.block=mp")])
 def test_a_variant_trains_resumes_and_samples_by_its_recipe_like_the_core(tmp_path, variant, key):
     tiny = [word for word in TINY if variant != "unet" or not word.startswith("--model.")]      # of a transformer
-    recipe = [*tiny, f"--config={ROOT}/configs/{variant}.toml", "--dataset=digits", key, "--snapshot_every=2"]
+    recipe = [*tiny, f"--config={ROOT}/configs/{variant}.toml", key, "--snapshot_every=2"]
     for name, steps in (("whole", 4), ("run", 3), ("run", 4)):
         done("train.py", *recipe, f"--steps={steps}", f"--out={tmp_path / name}")
     whole, run = (load_file(tmp_path / name / "state.pt") for name in ("whole", "run"))

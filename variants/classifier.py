@@ -7,7 +7,8 @@ as the TorchScript file that fid.py takes:
     python fid.py compare out/fashion-mnist fashion-mnist --features=out/features.pt --count=10000
 
 Why: Inception was trained on large colour photographs, and distances between raw pixels hardly see what a picture shows.
-Distances only compare with the same file: another training gives other features.
+Distances only compare with the same file: another training gives other features. It knows the images that it was trained
+on, so compare with the held-out part (datasets/fashion-mnist/holdout-images.npy) where little differences matter.
 """
 
 from pathlib import Path
@@ -50,6 +51,7 @@ def main():
     classes, side = len(dataset.facts["classes"]), dataset.shape[1]
     if dataset.facts["latent"] or classes < 2 or not dataset.holdout or side < 8:
         raise UserError(f"{args.dataset}: needs images of 8×8 pixels and more, classes, and a held-out part")
+    args.out.parent.mkdir(parents=True, exist_ok=True)                      # fails now rather than after the work
     torch.manual_seed(args.seed)
     features, head = Features().to(device), nn.Linear(128, classes, device=device)
     optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], lr=0.002)
