@@ -138,6 +138,8 @@ def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_
     (f"--dataset={ROOT}", f"do it once with: python data.py {ROOT}"),
     ("compile = 1", "FILE: compile: must be one of auto, true, false, not 1"),
     ("--device=abacus", "device: 'abacus' cannot be used"),
+    ("--model.depth=x", "command line: model.depth: must be a whole number"),
+    ("--variant=plots", "--variant: variants/plots.py is no network to train"),
 ])
 def test_a_mistake_in_the_configuration_is_one_line_that_names_it(tmp_path, text, message):
     (tmp_path / "a.toml").write_text(text)
