@@ -1,14 +1,15 @@
 """A small classifier whose features judge samples where Inception's say little: `python -m variants.classifier digits`.
 
-It learns the classes of a set that data.py made ready, prints its accuracy on the held-out part, and writes its features
-as the TorchScript file that fid.py takes:
+It learns the classes of a set that data.py made ready, prints its accuracy on the held-out part, and writes its
+features as the TorchScript file that fid.py takes:
 
     python -m variants.classifier fashion-mnist --out=out/features.pt
     python fid.py compare out/fashion-mnist fashion-mnist --features=out/features.pt --count=10000
 
-Why: Inception was trained on large colour photographs, and distances between raw pixels hardly see what a picture shows.
-Distances only compare with the same file: another training gives other features. It knows the images that it was trained
-on, so compare with the held-out part (datasets/fashion-mnist/holdout-images.npy) where little differences matter.
+Why: Inception was trained on large colour photographs, and distances between raw pixels hardly see what a picture
+shows. Distances only compare with the same file: another training gives other features. It knows the images that it was
+trained on, so compare with the held-out part (datasets/fashion-mnist/holdout-images.npy) where little differences
+matter.
 """
 
 from pathlib import Path
