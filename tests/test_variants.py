@@ -337,7 +337,7 @@ def test_the_variant_in_the_readme_works(tmp_path, monkeypatch):
     assert torch.equal(net.run_blocks(TOKENS, COND), x)
 
 
-def test_last_values_are_averaged_over_runs_that_agree_in_both_keys(tmp_path, capsys):
+def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys):
     runs = [(0.5, "mp", 1.0), (0.5, "mp", 3.0), (2.0, "mp", 5.0), (2.0, "plain", 7.0), (4.0, "mp", "NaN")]
     for number, (rate, block, value) in enumerate(runs):
         run = tmp_path / str(number)
@@ -352,6 +352,9 @@ def test_last_values_are_averaged_over_runs_that_agree_in_both_keys(tmp_path, ca
     assert "model.block = mp, learning_rate = 0.5: 2.0000 ± 1.4142 (2 runs)" in printed
     with pytest.raises(UserError, match="has no key nothing"):
         plots.last_values([tmp_path / "0"], "val_loss", "nothing", "")
+    curves = plots.over_steps(sorted(tmp_path.iterdir()), ["val_loss", "step"], "learning_rate")
+    assert curves["learning_rate = 2.0 val_loss"] == [(1, 9), (2, 6)] and len(curves) == 6
+    assert curves["learning_rate = 4.0 val_loss"] == [(1, 9)] and curves["learning_rate = 0.5 step"][2] == (3, 3)
 
 
 def test_the_commands_of_variants_print_their_tables_and_draw_their_plots(tmp_path):
@@ -363,8 +366,8 @@ def test_the_commands_of_variants_print_their_tables_and_draw_their_plots(tmp_pa
         a, b, c = values = [line[name] for line in log(tmp_path) if name in line]
         assert deviations[2 * column:][:2] == [f"{np.std(values):.4f}", f"({abs(c - 2 * b + a) / 2:.4f})"]
     done("variants.mup", "--widths", 32, 64, "--steps=2", "--seeds=1", f"--out={tmp_path / 'mup.svg'}")
-    done("variants.plots", tmp_path, f"--out={tmp_path / 'loss.svg'}")
-    assert [(tmp_path / name).read_text().count("<polyline") for name in ("mup.svg", "loss.svg")] == [4, 1]
+    done("variants.plots", tmp_path, "--key", "loss", "weight_rms", f"--out={tmp_path / 'loss.svg'}")
+    assert [(tmp_path / name).read_text().count("<polyline") for name in ("mup.svg", "loss.svg")] == [4, 2]
 
 
 def test_the_classifier_knows_held_out_images_and_fid_tells_digits_from_noise_by_its_features(tmp_path):

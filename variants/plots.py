@@ -1,7 +1,8 @@
 """Draw curves as an SVG that is readable on white and on dark: a column of the log.jsonl of several runs over their
 steps, or its last values against a key of their configurations.
 
-    python -m variants.plots out/digits out/plain --key=loss --out=loss.svg
+    python -m variants.plots out/digits out/plain --key token_rms_first token_rms_last --out=rms.svg
+    python -m variants.plots out/rates/* --key=val_loss --by=model.block --out=loss.svg
     python -m variants.plots out/rates/* --key=val_loss --against=learning_rate --by=model.block --out=rates.svg
 """
 
@@ -29,7 +30,8 @@ def ticks(low, high):
 def save_plot(path, curves, x_label, y_label, x_names=None):
     """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end.
     x_names: {x: text} instead of round numbers below the axis."""
-    width, height, left, right, top, bottom = 640, 360, 64, 150, 36, 48
+    left, right, top, bottom = 64, 20 + 7 * max(map(len, curves)), 36, 48
+    width, height = left + 426 + right, 360
     points = np.array([point for curve in curves.values() for point in curve], dtype=float)
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
     x1, y0, y1 = x1 if x1 > x0 else x0 + 1, y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
@@ -74,6 +76,30 @@ def read_column(run, key):
     return points
 
 
+def read_key(run, key):
+    """The value of a key of a run's configuration."""
+    with reading(run / "config.toml"):
+        config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        config |= {f"model.{name}": value for name, value in config["model"].items()}
+        if key not in config:
+            raise ValueError(f"has no key {key}")
+        return config[key]
+
+
+def over_steps(runs, keys, by):
+    """Columns over the steps as curves: {name: [(step, value), ...]}, one for each run, or one for each value of the
+    key `by`, the mean over its runs. Values that are not finite have no place in them."""
+    groups = {}
+    for run in runs:
+        for key in keys:
+            name = (f"{by} = {read_key(run, by)}" if by else str(run)) + f" {key}" * (len(keys) > 1)
+            for step, value in read_column(run, key):
+                groups.setdefault(name, {}).setdefault(step, []).append(value)
+    means = {name: [(step, np.mean(values)) for step, values in sorted(points.items())]
+             for name, points in groups.items()}
+    return {name: [point for point in points if math.isfinite(point[1])] for name, points in means.items()}
+
+
 def last_values(runs, key, against, by):
     """The last values of a column, averaged over runs that agree in two keys of their configurations, as a table on
     the screen and as curves: {value of `by`: [(log2 of `against`, mean), ...]}. Says which runs it leaves out: those
@@ -81,18 +107,14 @@ def last_values(runs, key, against, by):
     groups = {}
     for run in runs:
         step, value = read_column(run, key)[-1]
+        name, x, steps = f"{by} = {read_key(run, by)}" if by else key, read_key(run, against), read_key(run, "steps")
         with reading(run / "config.toml"):
-            config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
-            config |= {f"model.{name}": value for name, value in config["model"].items()}
-            if missing := {against, by or against} - config.keys():
-                raise ValueError(f"has no key {', '.join(missing)}")
-            name, x = f"{by} = {config[by]}" if by else key, float(config[against])
-            if x <= 0:
-                raise ValueError(f"{against} = {x:g} has no place on a logarithmic axis")
-        if step < config["steps"] or not math.isfinite(value):
-            print(f"left out: {run}, {value:g} after {step} of {config['steps']} steps")
+            if not float(x) > 0:
+                raise ValueError(f"{against} = {x} has no place on a logarithmic axis")
+        if step < steps or not math.isfinite(value):
+            print(f"left out: {run}, {value:g} after {step} of {steps} steps")
         else:
-            groups.setdefault((name, x), []).append(value)
+            groups.setdefault((name, float(x)), []).append(value)
     curves = {}
     for (name, x), values in sorted(groups.items()):
         spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
@@ -104,25 +126,24 @@ def last_values(runs, key, against, by):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
-    parser.add_argument("--key", default="loss", help="column of log.jsonl to draw (default: loss)")
+    parser.add_argument("--key", nargs="+", default=["loss"], help="columns of log.jsonl to draw (default: loss)")
     parser.add_argument("--against", metavar="KEY", help="draw the column's last values against this key")
-    parser.add_argument("--by", metavar="KEY", help="with --against: one curve for each value of this key")
+    parser.add_argument("--by", metavar="KEY", help="one curve for each value of this key, the mean over its runs")
     parser.add_argument("--out", type=Path, default=Path("out/plot.svg"),
                         help="the SVG to write (default: out/plot.svg)")
     args = parser.parse_args()
     if args.out.suffix != ".svg":
         raise UserError(f"--out: {args.out} is not the name of a .svg file")
-    if args.by and not args.against:
-        raise UserError("--by: needs --against")
+    if args.against and len(args.key) > 1:
+        raise UserError("--key: name one column with --against")
     if args.against:
-        curves = last_values(args.runs, args.key, args.against, args.by)
+        curves = last_values(args.runs, args.key[0], args.against, args.by)
         names = {x: f"{2**x:g}" for curve in curves.values() for x, _ in curve}
     else:
-        names, columns = None, {str(run): read_column(run, args.key) for run in args.runs}
-        curves = {run: [point for point in points if math.isfinite(point[1])] for run, points in columns.items()}
+        curves, names = over_steps(args.runs, args.key, args.by), None
     if not curves or not all(curves.values()):
-        raise UserError(f"{args.key}: there is a run without a finite value, or no finished run")
-    save_plot(args.out, curves, args.against or "step", args.key, names)
+        raise UserError(f"{', '.join(args.key)}: there is a run without a finite value, or no finished run")
+    save_plot(args.out, curves, args.against or "step", ", ".join(args.key), names)
     print(args.out)
 
 
