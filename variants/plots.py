@@ -28,12 +28,18 @@ def ticks(low, high):
 
 
 def save_plot(path, curves, x_label, y_label, x_names=None):
-    """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end.
+    """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end. Positive
+    values that differ by more than a factor of 100 are drawn on a logarithmic axis.
     x_names: {x: text} instead of round numbers below the axis."""
     left, right, top, bottom = 64, 20 + 7 * max(map(len, curves)), 36, 48
     width, height = left + 426 + right, 360
     points = np.array([point for curve in curves.values() for point in curve], dtype=float)
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
+    y_names = {}
+    if y1 > 100 * y0 > 0:
+        curves = {name: [(x, math.log10(y)) for x, y in curve] for name, curve in curves.items()}
+        y0, y1 = math.log10(y0), math.log10(y1)
+        y_names = {y: f"{10.0**y:g}" for y in range(math.ceil(y0), math.floor(y1) + 1)}
     x1, y0, y1 = x1 if x1 > x0 else x0 + 1, y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
 
     def at(x, y):
@@ -48,9 +54,9 @@ def save_plot(path, curves, x_label, y_label, x_names=None):
     for x, name in (x_names or {x: f"{x:g}" for x in ticks(x0, x1)}).items():
         parts.append(f'<path d="M{at(x, y0)[0]:.1f} {top}V{height - bottom}" stroke="#80808040"/>')
         parts.append(text(at(x, y0)[0], height - bottom + 18, name))
-    for y in ticks(y0, y1):
+    for y, name in (y_names or {y: f"{y:g}" for y in ticks(y0, y1)}).items():
         parts.append(f'<path d="M{left} {at(x0, y)[1]:.1f}H{width - right}" stroke="#80808040"/>')
-        parts.append(text(left - 8, at(x0, y)[1] + 4, f"{y:g}", "end"))
+        parts.append(text(left - 8, at(x0, y)[1] + 4, name, "end"))
     ends, last = sorted((at(*curve[-1])[1], name) for name, curve in curves.items()), -math.inf
     heights = {name: (last := max(y, last + 14)) for y, name in ends}       # names that would overlap move down
     for number, (name, curve) in enumerate(curves.items()):
