@@ -1,7 +1,7 @@
-"""Draw curves as an SVG that is readable on white and on dark: a column of the log.jsonl of several runs over their
-steps, or its last values against a key of their configurations.
+"""Draw curves as an SVG that is readable on white and on dark: columns of the log.jsonl of several runs over their
+steps, or one's last values against a key of their configurations; of each run, or means over runs.
 
-    python -m variants.plots out/digits out/plain --key token_rms_first token_rms_last --out=rms.svg
+    python -m variants.plots out/digits out/plain --key=token_rms_first,token_rms_last --out=rms.svg
     python -m variants.plots out/rates/* --key=val_loss --by=model.block --out=loss.svg
     python -m variants.plots out/rates/* --key=val_loss --against=learning_rate --by=model.block --out=rates.svg
 """
@@ -38,7 +38,7 @@ def save_plot(path, curves, x_label, y_label, x_names=None):
     y_names = {}
     if y1 > 100 * y0 > 0:
         curves = {name: [(x, math.log10(y)) for x, y in curve] for name, curve in curves.items()}
-        y0, y1 = math.log10(y0), math.log10(y1)
+        y0, y1, y_label = math.log10(y0), math.log10(y1), f"{y_label} (logarithmic)"
         y_names = {y: f"{10.0**y:g}" for y in range(math.ceil(y0), math.floor(y1) + 1)}
     x1, y0, y1 = x1 if x1 > x0 else x0 + 1, y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
 
@@ -57,8 +57,8 @@ def save_plot(path, curves, x_label, y_label, x_names=None):
     for y, name in (y_names or {y: f"{y:g}" for y in ticks(y0, y1)}).items():
         parts.append(f'<path d="M{left} {at(x0, y)[1]:.1f}H{width - right}" stroke="#80808040"/>')
         parts.append(text(left - 8, at(x0, y)[1] + 4, name, "end"))
-    ends, last = sorted((at(*curve[-1])[1], name) for name, curve in curves.items()), -math.inf
-    heights = {name: (last := max(y, last + 14)) for y, name in ends}       # names that would overlap move down
+    ends, last = sorted(((at(*curve[-1])[1], name) for name, curve in curves.items()), reverse=True), math.inf
+    heights = {name: (last := min(y, last - 14)) for y, name in ends}       # names that would overlap move up
     for number, (name, curve) in enumerate(curves.items()):
         colour, places = COLOURS[number % len(COLOURS)], [at(x, y) for x, y in curve]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -82,28 +82,30 @@ def read_column(run, key):
     return points
 
 
-def read_key(run, key):
-    """The value of a key of a run's configuration."""
+def read_config(run, keys):
+    """A run's configuration by dotted names. Raises UserError if it lacks one of `keys`, of which some may be None."""
     with reading(run / "config.toml"):
         config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
         config |= {f"model.{name}": value for name, value in config["model"].items()}
-        if key not in config:
-            raise ValueError(f"has no key {key}")
-        return config[key]
+        if missing := set(filter(None, keys)) - config.keys():
+            raise ValueError(f"has no key {', '.join(missing)}")
+        return config
 
 
 def over_steps(runs, keys, by):
-    """Columns over the steps as curves: {name: [(step, value), ...]}, one for each run, or one for each value of the
-    key `by`, the mean over its runs. Values that are not finite have no place in them."""
+    """Columns over the steps as curves, {name: [(step, value), ...]}: one for each run, or for each value of the key
+    `by` the mean over its runs, at the steps where all of them have a finite value."""
     groups = {}
     for run in runs:
+        name = f"{by} = {read_config(run, [by])[by]}" if by else str(run)
         for key in keys:
-            name = (f"{by} = {read_key(run, by)}" if by else str(run)) + f" {key}" * (len(keys) > 1)
-            for step, value in read_column(run, key):
-                groups.setdefault(name, {}).setdefault(step, []).append(value)
-    means = {name: [(step, np.mean(values)) for step, values in sorted(points.items())]
-             for name, points in groups.items()}
-    return {name: [point for point in points if math.isfinite(point[1])] for name, points in means.items()}
+            points = {step: value for step, value in read_column(run, key) if math.isfinite(value)}
+            groups.setdefault(name + f" {key}" * (len(keys) > 1), []).append(points)
+    curves = {}
+    for name, group in groups.items():
+        steps = sorted(set.intersection(*map(set, group)))
+        curves[name] = [(step, np.mean([points[step] for points in group])) for step in steps]
+    return curves
 
 
 def last_values(runs, key, against, by):
@@ -113,12 +115,13 @@ def last_values(runs, key, against, by):
     groups = {}
     for run in runs:
         step, value = read_column(run, key)[-1]
-        name, x, steps = f"{by} = {read_key(run, by)}" if by else key, read_key(run, against), read_key(run, "steps")
+        config = read_config(run, [against, by])
+        name, x = f"{by} = {config[by]}" if by else key, config[against]
         with reading(run / "config.toml"):
             if not float(x) > 0:
                 raise ValueError(f"{against} = {x} has no place on a logarithmic axis")
-        if step < steps or not math.isfinite(value):
-            print(f"left out: {run}, {value:g} after {step} of {steps} steps")
+        if step < config["steps"] or not math.isfinite(value):
+            print(f"left out: {run}, {value:g} after {step} of {config['steps']} steps")
         else:
             groups.setdefault((name, float(x)), []).append(value)
     curves = {}
@@ -132,7 +135,8 @@ def last_values(runs, key, against, by):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
-    parser.add_argument("--key", nargs="+", default=["loss"], help="columns of log.jsonl to draw (default: loss)")
+    parser.add_argument("--key", type=lambda text: text.split(","), default="loss",
+                        help="columns of log.jsonl to draw, with commas between them (default: loss)")
     parser.add_argument("--against", metavar="KEY", help="draw the column's last values against this key")
     parser.add_argument("--by", metavar="KEY", help="one curve for each value of this key, the mean over its runs")
     parser.add_argument("--out", type=Path, default=Path("out/plot.svg"),
@@ -148,7 +152,7 @@ def main():
     else:
         curves, names = over_steps(args.runs, args.key, args.by), None
     if not curves or not all(curves.values()):
-        raise UserError(f"{', '.join(args.key)}: there is a run without a finite value, or no finished run")
+        raise UserError(f"{', '.join(args.key)}: nothing to draw, for want of finite values or of finished runs")
     save_plot(args.out, curves, args.against or "step", ", ".join(args.key), names)
     print(args.out)
 
