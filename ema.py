@@ -214,9 +214,9 @@ def reconstruct(folder, stds, step=None):
                 "weights": dict(last["weights"])} for std in stds]
     for name in shapes[-1].keys() - set(last["buffers"]):
         rows = [snapshot["weights"][name].flatten().split(2**20) for snapshot in snapshots]
-        mixed = [coefficients @ torch.stack([piece.float() for piece in pieces]) for pieces in zip(*rows)]
-        for result, row in zip(results, torch.cat(mixed, dim=1)):
-            result["weights"][name] = row.view(shapes[-1][name]).clone()
+        mixed = [coefficients @ torch.stack(pieces).float() for pieces in zip(*rows)]
+        for i, result in enumerate(results):
+            result["weights"][name] = torch.cat([piece[i] for piece in mixed]).view(shapes[-1][name])
     for std, residual in zip(stds, residuals):
         if residual > 0.03:
             print(f"warning: EMA width {std} is beyond what the snapshots can express: the nearest profile is "

@@ -196,11 +196,12 @@ def join_processes():
 def leave_processes(processes, code=0):
     """Wait for the others, who may still be writing, disconnect and end with an exit code. Why not as Python ends: in
     one of ten runs torch.distributed (2.13) aborts a process that does so, and torchrun then reports a failure."""
-    if processes > 1:
-        dist.all_reduce(torch.zeros(1))                                     # on the CPU: a barrier may ask for a GPU
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(code)
+    if processes == 1:
+        sys.exit(code)
+    dist.all_reduce(torch.zeros(1))                                         # on the CPU: a barrier may ask for a GPU
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def gather(mine, processes):

@@ -460,9 +460,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         if stop and done < config.steps:
             if rank == 0:
                 print(f"stopped after step {done}, saved; the same command goes on", file=sys.stderr)
-            code = 128 + (asked or [signal.SIGTERM])[0]
-            leave_processes(processes, code)
-            sys.exit(code)
+            leave_processes(processes, 128 + (asked or [signal.SIGTERM])[0])
 
 
 def main():
