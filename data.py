@@ -1,4 +1,4 @@
-"""Any source of images made ready once, then read as arrays: `python data.py SOURCE` writes datasets/NAME/.
+"""Any source of images prepared once, then read as arrays: `python data.py SOURCE` writes datasets/NAME/.
 
     python data.py fashion-mnist            # fetched by name: mnist, fashion-mnist, cifar10, cifar100
     python data.py ~/pictures --size=64     # a folder or zip of images or latents, idx, npz, npy, a CIFAR archive
@@ -37,13 +37,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 DATASETS = Path(__file__).parent / "datasets"
-FORMAT = 2                                                                  # of a set made ready; 1 held nothing out
+FORMAT = 2                                                                  # of a prepared set; 1 held nothing out
 HEADER = 128                                                                # bytes of a .npy file before its values
 warnings.filterwarnings("ignore", module="PIL")                             # whatever matters is raised
 
 
 class UserError(ValueError):
-    """A mistake that its user can correct, said in one line. All else but an OSError is a bug, with a traceback."""
+    """A mistake that the user can correct, said in one line. Any other exception but OSError is a bug: a traceback."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,7 +72,7 @@ def number(kind, low, high):
 @contextmanager
 def reading(name, errors=Exception):
     """Turn whatever goes wrong inside into one UserError that names what is read. Why: libraries raise all kinds.
-    errors: which kinds, where code runs that may be a user's own and whose bugs should keep their traceback."""
+    errors: the kinds to turn. Give it where a user's own code runs, whose bugs should keep their traceback."""
     try:
         yield
     except (UserError, NameError):
@@ -122,7 +122,7 @@ def progress(items, what, total, size=lambda item: 1):
 
 @dataclass
 class Dataset:
-    """A set made ready, its arrays mapped from disk."""
+    """A prepared set, its arrays mapped from disk."""
 
     images: np.ndarray                                                      # (N, C, S, S), of latents (N, 2C, S, S)
     labels: np.ndarray                                                      # (N,)
@@ -153,22 +153,22 @@ class Dataset:
 
 
 def find_set(name):
-    """The directory of the set made ready as datasets/<name>, or `name` itself if it is one, or None."""
+    """The directory of the set prepared as datasets/<name>, or `name` itself if it is one, or None."""
     return next((folder for folder in (Path(name), DATASETS / name) if (folder / "about.json").is_file()), None)
 
 
 def load_dataset(name):
-    """The set made ready as datasets/<name>, or in the directory `name`. Raises UserError that says how to get it."""
+    """The set prepared as datasets/<name>, or in the directory `name`. Raises UserError that says how to get it."""
     folder = find_set(name)
     if not folder:
         if name in DOWNLOADS or Path(name).exists():
-            raise UserError(f"dataset: {name} is not made ready yet; do it once with: python data.py {name}")
+            raise UserError(f"dataset: {name} is not prepared yet; do it once with: python data.py {name}")
         ready = ", ".join(sorted(path.parent.name for path in DATASETS.glob("[!.]*/about.json")))
-        raise UserError(f"dataset: there is no {name[:200]!r}, but {ready}; python data.py SOURCE makes others ready")
+        raise UserError(f"dataset: there is no {name[:200]!r}; ready: {ready}; python data.py SOURCE prepares others")
     with reading(folder):
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
-            raise ValueError("was made ready by another version of this code; do it again with --overwrite")
+            raise ValueError("was prepared by another version of this code; do it again with --overwrite")
         facts, parts = about["facts"], []
         for part in ("", "holdout-"):
             images, labels = (np.load(regular(folder / f"{part}{file}.npy"), mmap_mode="r", allow_pickle=False)
@@ -176,12 +176,12 @@ def load_dataset(name):
             if (images.shape != (len(labels), *images.shape[1:3], images.shape[2])
                     or images.dtype != (np.float32 if facts["latent"] else np.uint8)
                     or len(np.bincount(labels, minlength=len(facts["counts"]))) > len(facts["counts"])):
-                raise ValueError("its files do not fit together; make the set ready again")
+                raise ValueError("its files do not fit together; prepare the set again")
             parts.append(Dataset(images, labels, facts))
         dataset, holdout = parts
         if (np.bincount(dataset.labels).tolist() != facts["counts"] or dataset.shape != holdout.shape
                 or not np.isfinite(facts["mean"] + facts["std"]).all() or min(facts["std"]) <= 0):
-            raise ValueError("about.json does not fit its images; make the set ready again")
+            raise ValueError("about.json does not fit its images; prepare the set again")
     return replace(dataset, holdout=holdout if len(holdout) else None)
 
 
@@ -199,7 +199,7 @@ def epoch_order(size, seed, epoch):
 
 
 def batch_indices(size, seed, start, count):
-    """Indices of the images number start .. start+count-1 ever shown: epochs follow each other, each a new shuffle.
+    """Indices of the images that training shows at places start .. start+count-1, every epoch being a new shuffle.
     Why a function of its arguments alone: a run can stop anywhere and go on, on any number of processes."""
     epochs, places = np.divmod(np.arange(start, start + count), size)
     return np.concatenate([epoch_order(size, seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
@@ -225,19 +225,19 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", "
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/|Thumbs\.db$)")
 HELD_OUT = {"t10k", "test", "testing", "val", "valid", "validation"}        # names of parts and of their folders
 SPLITS = HELD_OUT | {"train", "training"}
-ARRAYS = re.compile(r"(?:.*[-_.])?images(?:[-.]idx3-ubyte)?|x_(?:train|val|test)|arr_0|"   # MNIST, MedMNIST, Keras, ADM
-                    r"(?:data_batch_\d|test_batch|train|test)\.bin")                      # CIFAR-10, CIFAR-100
-LABELS = {"images": "labels", "idx3": "idx1", "x_": "y_", "arr_0": "arr_1"}             # and so their labels are called
+IMAGE_STEMS = re.compile(r"(?:.*[-_.])?images(?:[-.]idx3-ubyte)?|x_(?:train|val|test)|arr_0|"
+                         r"(?:data_batch_\d|test_batch|train|test)\.bin")   # MNIST, MedMNIST, Keras, ADM; CIFAR
+LABEL_NAMES = {"images": "labels", "idx3": "idx1", "x_": "y_", "arr_0": "arr_1"}        # what their labels are called
 
 
 def labels_of(images):
-    """The path under which the labels of an array or file of images go; CIFAR's are in the same file."""
-    return re.sub(r"(images|idx3|\bx_|arr_0)(?=[^/]*$)", lambda found: LABELS[found[0]], images)
+    """The path of the labels that belong to an array or file of images; CIFAR has both in the same file."""
+    return re.sub(r"(images|idx3|\bx_|arr_0)(?=[^/]*$)", lambda found: LABEL_NAMES[found[0]], images)
 
 
 def open_files(path):
-    """The files of a folder, zip, npz or tar: their names, and a function that opens one by its name. Of a single file
-    these are itself and the labels beside it. Why: then all of them are the same thing, names and bytes."""
+    """The files of a folder, zip, npz or tar: their names, and a function that opens one by its name. A single file
+    counts as a folder of itself and the labels beside it. Why: all other code then sees only names and bytes."""
     if path.is_dir():
         names, seen, folders, links = [], set(), [""], []
         while folders or links:                                             # links last: a class keeps its real name
@@ -313,8 +313,8 @@ def as_labels(values):
 
 
 def from_arrays(stems, found, open_file):
-    """Images, values of their labels or None, and which are held out or None, from files of arrays: those of all files
-    {stem: name} whose stem is in `found`, and their labels. A stem is a path without suffix."""
+    """Images, the values of their labels or None, and which images are held out or None, read from arrays.
+    stems: {path without suffix: path} of all files; found: those stems that hold images, whose labels lie beside."""
     held = [len(found) > 1 and bool(HELD_OUT & set(re.split("[-_./]", stem.lower()))) for stem in found]
     if len({"data_batch" in stem or stem for stem, out in zip(found, held) if not out}) != 1:
         raise ValueError(f"holds several sets of images, {', '.join(found)[:200]}; choose the file of one")
@@ -343,8 +343,8 @@ def to_picture(image):
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
-def decode(image, changes):
-    """A Pillow image as uint8 (1 or 3, H, W). Raises ValueError if more than what `changes` counts would be lost."""
+def from_picture(image, changes):
+    """A Pillow image as uint8 (1 or 3, H, W). changes: counts the losses that are accepted; others raise ValueError."""
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":         # MPO: a phone's photo with a second
         raise ValueError(f"is animated, {image.n_frames} frames")
     image.load()
@@ -379,7 +379,7 @@ def crop_and_resize(image, size, channels, changes):
 
 
 class Pictures:
-    """Files of pictures, or of latents, as a sequence of arrays (C, H, W), uint8 or float32. changes: see decode()."""
+    """Files of pictures or latents as a sequence of arrays (C, H, W), uint8 or float32. changes: see from_picture()."""
 
     def __init__(self, path, names, open_file, changes):
         self.path, self.names, self.open_file, self.changes = path, names, open_file, changes
@@ -392,7 +392,7 @@ class Pictures:
         with reading(f"{self.path}/{name}"), self.open_file(name) as file:
             content = BytesIO(file.read(2**30))                             # whatever a zip says of sizes
             if not name.lower().endswith(".npy"):
-                return decode(Image.open(content), self.changes)
+                return from_picture(Image.open(content), self.changes)
             latent = np.load(content, allow_pickle=False)
             if latent.dtype != np.float32 or latent.ndim != 3 or len(latent) % 2 or not np.isfinite(latent).all():
                 raise ValueError("must be float32 (2C, S, S), mean and standard deviation of a VAE's posterior")
@@ -442,7 +442,7 @@ def label_pictures(images, table, lines):
 
 
 def open_source(path, changes):
-    """The Source in a folder or file, by what it holds. changes: a Counter, see decode(). Raises UserError."""
+    """The Source in a folder or file, by what it holds. changes: a Counter, see from_picture(). Raises UserError."""
     path, opened, lines = Path(path), set(), []
     with reading(path):
         every, open_any = open_files(path)
@@ -455,7 +455,7 @@ def open_source(path, changes):
         pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
         stems = {re.sub(r"(\.npy|\.gz)+$", "", name).replace(".idx", "-idx"): name
                  for name in sorted(set(names) - set(pictures), reverse=True)}
-        found = [stem for stem in stems if ARRAYS.fullmatch(stem.split("/")[-1])]
+        found = [stem for stem in stems if IMAGE_STEMS.fullmatch(stem.split("/")[-1])]
         found.sort(key=lambda stem: stem.split("/")[::-1])                  # CIFAR's batches by their numbers
         latents = [name for name in names if name.lower().endswith(".npy") and not found]
         if "data_batch_1" in {stem.split("/")[-1] for stem in stems}:
@@ -467,7 +467,7 @@ def open_source(path, changes):
             images, values, held_out = from_arrays(stems, found, open_file)
         elif not pictures and (not latents or path.suffix.lower() == ".npz"):
             raise ValueError(f"has arrays {', '.join(latents)[:200]}, but none called arr_0, images, x_train or "
-                             "train_images" if latents else "there are no images in it, of a kind that this reads")
+                             "train_images" if latents else "it holds no images of a kind that this reads")
         elif path.is_file() and not zipfile.is_zipfile(path):
             raise ValueError("is a tar of pictures, which is slow to read in any order; unpack it")
         else:
@@ -518,7 +518,7 @@ def write_images(files, source, made, changes, channels=1):
     for file in files:
         file.seek(HEADER)                                                   # which is written last
         file.truncate()
-    for i in progress(range(len(source.images)), "images made ready", len(source.images)):
+    for i in progress(range(len(source.images)), "images prepared", len(source.images)):
         try:
             image = source.images[i]
         except UserError as error:
@@ -552,7 +552,7 @@ def write_images(files, source, made, changes, channels=1):
     return numbers
 
 
-def statistics(images):
+def channel_statistics(images):
     """Mean and standard deviation of all pixels, or of each channel of latents: float64 (1,) or (C,)."""
     halves = np.split(images, 2, axis=1) if images.dtype == np.float32 else [images.reshape(len(images), 1, -1, 1)]
     count = halves[0][:, 0].size
@@ -608,7 +608,7 @@ def write_set(folder, source, made, changes):
         raise UserError(f"{made['source']}: no image of {source.classes[counts.argmin()]!r} is left to train on; "
                         "choose a lower --holdout")
     images = np.load(folder / "images.npy", mmap_mode="r")
-    mean, std = statistics(images)
+    mean, std = channel_statistics(images)
     if not std.all():
         raise UserError(f"{made['source']}: all images are alike")
     facts = {"latent": images.dtype == np.float32, "mean": mean.tolist(), "std": std.tolist(),

@@ -1,9 +1,9 @@
 """Power-function EMA of any module's parameters, and any other width of it after training [EDM2, section 3].
 
-The average after t steps weighs step s by s^gamma, so that its relative width `std` is a fixed share of the training so
-far, however long that is. Two widths are tracked, snapshots of both kept, and every other width is put together from
-them afterwards: `python ema.py out/digits --std 0.03 0.15`. This file knows nothing of diffusion and imports nothing of
-ours: lift it out whole. In your own training loop:
+The average after t steps weights step s in proportion to s^gamma, so its relative width `std` (EDM2's EMA length) is a
+fixed share of the training so far, however long. Two widths are tracked, snapshots of both kept, and any other width
+is mixed from these afterwards: `python ema.py out/digits --std 0.03 0.15`. This file knows nothing of diffusion and
+imports nothing of ours: lift it out whole. In your own training loop:
 
     ema = PowerEMA(model)                                     # widths 0.05 and 0.10
     for step in range(1, steps + 1):
@@ -102,7 +102,7 @@ class PowerEMA:
 
 @contextmanager
 def atomic_file(path):
-    """A binary file to write to that appears at `path` whole, or not at all and leaves what was there."""
+    """A binary file to write: when it is closed it replaces `path` whole; after an error `path` is as it was before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.writing")
@@ -190,9 +190,9 @@ def list_snapshots(folder):
 @torch.no_grad()
 def reconstruct(folder, stds, step=None):
     """The averages of relative widths `stds` at `step` (None: the last), mixed from the snapshots in `folder`.
-    Returns a list of dicts as save_snapshot() writes them, with weights in float32. The files are mapped: beside the
-    results this takes 4 MB for each of them. Warns on stderr of a width that they cannot express (on the digits, a
-    residual of 0.03 goes with weights 0.1 to 0.2% off). Raises ValueError, in one line, if they do not fit together."""
+    Returns a list of dicts as save_snapshot() writes them, with weights in float32. Snapshots stay on disk: each takes
+    4 MB of memory beside the results. Warns on stderr of a width that the snapshots cannot express (on the digits, a
+    residual of 0.03 goes with weights 0.1 to 0.2% off). Raises ValueError for snapshots of different models."""
     sources = list_snapshots(folder)
     steps = sorted({s for s, _, _ in sources})
     step = steps[-1] if steps and step is None else step
@@ -205,7 +205,7 @@ def reconstruct(folder, stds, step=None):
     for _, _, path in sources:
         snapshots.append(load_file(path, mmap=True))
         if not {"info", "weights", "buffers"} <= snapshots[-1].keys():
-            raise ValueError(f"{path}: is no snapshot")
+            raise ValueError(f"{path}: is not a snapshot")
     last, shapes = snapshots[-1], [{name: w.shape for name, w in s["weights"].items()} for s in snapshots]
     for (_, _, path), snapshot, shape in zip(sources, snapshots, shapes):
         if shape != shapes[-1] or snapshot["info"] != last["info"]:

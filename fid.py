@@ -1,14 +1,14 @@
 """Fréchet distance between two sets of images: `python fid.py compare out/digits digits --features=pixels`.
 
-Each image becomes a feature vector; both sets of vectors are summed up as a Gaussian, and the distance is that between
-the Gaussians. With the 2048 features of the Inception network of 2015 it is the FID [Heusel et al. 2017, arXiv
+Each image becomes a feature vector, a Gaussian is fitted to the vectors of each set, and the distance is that between
+the two Gaussians. With the 2048 features of the Inception network of 2015 it is the FID [Heusel et al. 2017, arXiv
 1706.08500]. Lower is better; only distances with the same features, reference and number of images compare.
 
     python fid.py compare A B                     # any two sources
     python fid.py stats A --out=FILE.npz          # save the Gaussian of one (mu and sigma, as other FID tools do)
     python fid.py sweep RUN --std 0.03 0.05 0.1   # distance of a run to its dataset, against the EMA width
 
-A source is a set that data.py made ready, a folder, zip or npz of images as they are, an npz of statistics (mu, sigma),
+A source is a set that data.py prepared, a folder, zip or npz of images as they are, an npz of statistics (mu, sigma),
 or a run directory or snapshot, from which samples are drawn on the fly. Under torchrun processes share the work.
 """
 
@@ -32,7 +32,7 @@ from sample import (check_guidance, choose_device, deal_labels, guided, join_pro
                     load_denoiser, sample, together)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-LAYOUT = "61093f3898ff55ee"                                                 # of the names and shapes in that file
+LAYOUT = "61093f3898ff55ee"                                                 # hash of the names and shapes in that file
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def inception(images, weights):
     """The network of 2015-12-05: images uint8 RGB (B, 3, H, W) -> the 2048 pooled features of FID (B, 2048).
     weights: those of fold_normalization(). Why no widths are written here: they are those of the kernels, and
     load_inception takes only kernels of the right shapes."""
-    def conv(x, name, stride=None):                                         # the size stays, unless there is a stride
+    def conv(x, name, stride=None):                                         # with a stride, even 1, without padding
         return F.relu(F.conv2d(x, *weights[name], stride or 1, 0 if stride else "same"), inplace=True)
 
     def branch(x, block, *names):
@@ -157,7 +157,7 @@ def load_inception(path=None, device="cpu"):
 
 def load_features(name, weights, device):
     """A function from uint8 images (B, C, H, W) to features (B, D): `inception`, `pixels` (for tiny images, scaled to
-    -1..1), or a TorchScript file, which is given RGB. Raises UserError for a file that is none."""
+    -1..1), or a TorchScript file, which is given RGB. Raises UserError for a file that is no TorchScript."""
     if name == "pixels":
         return lambda images: images.flatten(1).float() / 127.5 - 1
     with reading(f"--features={name}"):
@@ -190,9 +190,9 @@ def read_statistics(path):
 
 
 def open_run(run, args, device, std):
-    """The samples of a run as a source: how many, a function from their numbers to uint8 images (B, C, H, W), and their
-    shape (C, S, S), or None for decoded latents. None if `run` is no run directory, folder of snapshots or snapshot.
-    Sample i comes from seed args.seed + i; classes are as frequent as in the data of the run."""
+    """A run as a source, a triple: how many samples, a function from their numbers to uint8 images (B, C, H, W), and
+    their shape (C, S, S), or None for decoded latents. None if `run` is no run directory, folder of snapshots or
+    snapshot. Sample i comes from seed args.seed + i; classes are as frequent as in the data of the run."""
     if not ((Path(run) / "ema").is_dir() or list_snapshots(run) or Path(run).suffix == ".pt"):
         return None
     denoiser, facts = load_denoiser(run, device, std)
@@ -209,15 +209,13 @@ def open_run(run, args, device, std):
 
 def open_images(source, shape):
     """Any other images as a source, see open_run(). shape: what to make of them, by the preparation that data.py has
-    for training, or None: they stay as they are, grey ones among colour in colour. Why: a distance would also measure
-    that one side was cropped or resized in another way."""
+    for training, or None: they stay as they are, grey ones among colour in colour. Why: otherwise the distance would
+    also measure that the two sides were cropped or resized differently."""
     ready = find_set(source) or not Path(source).exists()                   # load_dataset says what there is
     images = load_dataset(source).images if ready else open_source(source, Counter()).images
     with reading(source):
         colour = shape is None and any(len(image) > 1 for image in images)
-    form = "as they are"
-    if shape:
-        form = f"{shape[1]}x{shape[2]}, {'grey' if shape[0] == 1 else 'colour'}, as the run's data"
+    form = f"{shape[1]}x{shape[2]}, {'grey' if shape[0] == 1 else 'colour'}, as the run's" if shape else "as they are"
     if os.environ.get("RANK", "0") == "0":
         print(f"{source}: {len(images):,} images, {form}", file=sys.stderr)
 

@@ -1,5 +1,5 @@
 """Magnitude-preserving layers: each maps inputs of RMS 1 to outputs of RMS 1 by construction, without learned or
-measured statistics. So neither activations nor weights grow in training, and a learning rate means the same everywhere.
+measured statistics. With rows forced back to RMS 1, weights cannot grow, and a learning rate means the same everywhere.
 
 normalize and rotate do so exactly, the others in expectation, for independent inputs. There are two exceptions:
 attention averages its values, which lowers their RMS, and scale, shift and gate modulation may change it.
@@ -95,7 +95,7 @@ class MPLinear(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.randn(fan_out, fan_in), dim=1) * math.sqrt(fan_in))
 
     def unit_rows(self):
-        """The rows as they act, w/‖w‖: (fan_out, fan_in)."""
+        """The rows as they act, w/‖w‖: (fan_out, fan_in). Written out, this is faster on CPUs than F.normalize."""
         w = self.weight
         return w * w.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
 
@@ -117,8 +117,7 @@ class MPEmbedding(nn.Module):
 
 class MPAttention(nn.Module):
     """Multi-head cosine attention, (B, T, D) -> (B, T, D), heads divides D. Uses: normalize, attention, MPLinear.
-    Why cosine: with q and k at RMS 1 per head no logit exceeds sqrt(D/H), so logits stay bounded [EDM2, MaP-DiT].
-    """
+    Why cosine: with q and k at RMS 1 per head, no logit exceeds sqrt(D/H) [EDM2, MaP-DiT]. v is normalised as well."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -142,7 +141,7 @@ class MPMLP(nn.Module):
         self.down = MPLinear(hidden, width)
 
     def forward(self, x):
-        return self.down(F.silu(self.up(x))) / 0.596                        # mp_silu, its constant after the linear
+        return self.down(F.silu(self.up(x))) / 0.596                        # mp_silu; fewer values to divide here
 
 
 class Modulation(nn.Module):
@@ -161,11 +160,11 @@ class Modulation(nn.Module):
             self.gain = nn.Parameter(torch.zeros(len(self.sizes)))
 
     def forward(self, cond):
-        value = {"rotate": None, "scale": None, "shift": None, "gate": 0.0}
+        out = {"rotate": None, "scale": None, "shift": None, "gate": 0.0}
         if self.sizes:                                                      # float: 1 + scale needs more than bfloat16
-            values = self.linear(cond).float()[:, None].split(list(self.sizes.values()), dim=-1)
-            value |= {kind: gain * x for kind, gain, x in zip(self.sizes, self.gain, values)}
-        return value["rotate"], value["scale"], value["shift"], value["gate"]
+            parts = self.linear(cond).float()[:, None].split(list(self.sizes.values()), dim=-1)
+            out |= {kind: gain * part for kind, gain, part in zip(self.sizes, self.gain, parts)}
+        return out["rotate"], out["scale"], out["shift"], out["gate"]
 
 
 @torch.no_grad()

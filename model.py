@@ -15,11 +15,11 @@ Where this differs from the papers' public code:
 | MaP-DiT: noise level by 256 features and two linears    | `width` features and one linear, as in EDM2              |
 | MaP-DiT: DDPM, 1000 steps, learned variance             | EDM2's loss for both families: only the networks differ  |
 | MaP-DiT: EMA lerps by beta                              | by 1 - beta; theirs stays close to the raw weights       |
-| EDM2: eps = 1e-4 is added to the RMS                    | its square to the mean square: then it is F.rms_norm     |
+| EDM2: eps = 1e-4 is added to the RMS                    | eps² is added to the mean square, as F.rms_norm does it  |
 | EDM2: weights are forced back in the forward pass       | after the step: the same update, and forward stays pure  |
-| EDM2: the first step of the warm-up has rate 0          | one part of warmup_steps + 1                             |
+| EDM2: the first step of the warm-up has rate 0          | 1/(warmup_steps + 1) of the rate, so that it trains too  |
 
-Legend: B batch, C channels, P patch, T tokens, D width.
+Legend: B batch, C channels, S side of the image, P side of a patch, T tokens, D width, H heads.
 """
 
 import importlib.util
@@ -51,10 +51,10 @@ def check_value(name, value, kind, low, high, choices):
             return tuple(check_value(name, item, kind.__args__[0], low, high, choices) for item in value)
         good, what = False, "a list"
     elif choices:
-        value = str(value).lower() if isinstance(value, bool) else value    # as TOML writes true
+        value = str(value).lower() if isinstance(value, bool) else value    # compile = true in TOML is a bool
         good, what = value in choices, f"one of {', '.join(choices)}"
     elif kind is str:
-        good, what = isinstance(value, str) and value.isprintable(), "a text of printable characters"
+        good, what = isinstance(value, str) and value.isprintable(), "printable text"
     elif kind is bool:
         good, what = isinstance(value, bool), "true or false"
     else:
@@ -83,7 +83,7 @@ class NetworkConfig(Configuration):
     label_dropout: float = key(0.1, "share of training images shown with the null label", 0, 1)
     image_size: int = key(0, "side of the square images (0: as the dataset says)", 0, 8192)
     channels: int = key(0, "channels of the images (0: as the dataset says)", 0, 1024)
-    num_classes: int = key(-1, "number of labels (-1: as the dataset says, 0: unconditional)", -1, 10**6)
+    num_classes: int = key(-1, "number of classes (-1: as the dataset says, 0: unconditional)", -1, 10**6)
 
     def for_data(self, image_size, channels, num_classes):
         """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""
@@ -153,7 +153,7 @@ def position_embedding(width, grid):
 
 
 class MPInput(nn.Module):
-    """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D)."""
+    """Patches (B, T, C·P²), c_noise (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -206,9 +206,8 @@ class MPOutput(nn.Module):
 
 
 class PlainInput(nn.Module):
-    """Patches (B, T, C·P²), noise levels (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D).
-    DiT's timestep sinusoids assume integer times; continuous noise levels enter by the same Fourier features as above.
-    """
+    """Patches (B, T, C·P²), c_noise (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D). Why not DiT's timestep
+    sinusoids: they assume integer times; c_noise = ln(sigma)/4 is continuous, and enters as in MPInput."""
 
     def __init__(self, config):
         super().__init__()
@@ -275,7 +274,7 @@ class PlainOutput(nn.Module):
 
 
 def init_linears(module):
-    """Xavier-uniform weights and zero biases for all plain linears in a module. Why apart: variants have some more."""
+    """Xavier-uniform weights and zero biases for all plain linears in a module. Why apart: variants call it too."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -295,9 +294,9 @@ FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock
 
 
 class DiT(nn.Module):
-    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S). Label num_classes: null.
-    parts: functions that make input, block and output from a configuration, where a variant has its own ones; these set
-    their own initial values."""
+    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S); label num_classes is the
+    null label. parts: functions that make input, block and output from a configuration, where a variant has its own;
+    they also set the initial values."""
 
     lr_scale = {}       # {parameter: factor on its learning rate}, where a variant wants another than 1
 
@@ -340,8 +339,8 @@ class Denoiser(nn.Module):
 
     forward(x, sigma, labels=None): noisy images (B, C, S, S) whose clean part has standard deviation 0.5, noise levels
     () or (B,), labels (B,) int64, None or num_classes for unconditional -> denoised images (B, C, S, S), float32.
-    Why: the network always sees and predicts unit variance, whatever the noise level. bfloat16: whether its products
-    run in that; the residual stream, modulation values and everything around the network stay in float32."""
+    Why: the network always sees and predicts unit variance, whatever the noise level. bfloat16: whether its matrix
+    products use bfloat16; the residual stream, modulation values and all around the network stay in float32."""
 
     sigma_data, bfloat16 = 0.5, False
 
@@ -381,7 +380,7 @@ def edm2_loss(model, uncertainty, images, labels, sigma, noise):
 @torch.no_grad()
 def magnitudes(denoiser, x, sigma, labels):
     """Mean token RMS after the first, middle and last block for a batch of noisy images, and RMS of the weights.
-    Why: the paper's claim is that these stay near 1 by themselves; the log shows whether they do."""
+    Why: the paper claims that token RMS stays near 1, and the log shows whether it does; mp weights are forced to 1."""
     blocks, rms = denoiser.net.blocks, {}
 
     def watch(name):

@@ -61,9 +61,9 @@ def guided(denoiser, guidance, guide=None, interval=(0.0, math.inf)):
 
 def deal_labels(counts, numbers):
     """Labels (N,) for samples with these numbers (N,): any stretch of numbers has classes as often as the data, where
-    class i occurs counts[i] times. Why: otherwise a distance between both would measure shares of classes too."""
-    steps = (np.asarray(numbers) + 0.5) * ((math.sqrt(5) - 1) / 2) % 1      # the golden ratio fills 0..1 evenly
-    return np.searchsorted(np.cumsum(counts) / sum(counts), steps, side="right")
+    class i occurs counts[i] times. Why: else a distance from samples to data would measure class shares too."""
+    positions = (np.asarray(numbers) + 0.5) * ((math.sqrt(5) - 1) / 2) % 1  # the golden ratio fills 0..1 evenly
+    return np.searchsorted(np.cumsum(counts) / sum(counts), positions, side="right")
 
 
 def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, steps=32):
@@ -76,7 +76,7 @@ def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, steps=32)
     shape = config.channels, config.image_size, config.image_size
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    def watched(x, sigma, labels):                                          # what stays is Heun's x, the later one
+    def watched(x, sigma, labels):                                          # Heun's x, seen last, replaces Euler's
         seen[sigma] = x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data))    # in the data's own range
         return denoise(x, sigma, labels)
 
@@ -116,7 +116,7 @@ def check_compiler(device):
     """Raises UserError if torch.compile lacks what it needs on this device."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and not shutil.which(compiler):
-        raise UserError(f"compile: needs a C++ compiler; install {compiler}, or leave it out")
+        raise UserError(f"compile: needs a C++ compiler; install {compiler}, or do not compile")
 
 
 def newest_run(folder="out"):
@@ -134,7 +134,7 @@ def load_denoiser(path, device, std=None):
     with reading(path):
         if path.is_dir():
             folder = path / "ema" if (path / "ema").is_dir() else path
-            files = {width: file for _, width, file in list_snapshots(folder)}      # the last one of each width
+            files = {saved: file for _, saved, file in list_snapshots(folder)}      # the last one of each width
             std = std or max(files, default=0.1)
             snapshot = load_file(files[std]) if std in files else reconstruct(folder, [std])[0]
         elif std:
@@ -143,14 +143,14 @@ def load_denoiser(path, device, std=None):
             snapshot = load_file(path)
         facts = snapshot["info"]["data"]
         config = config_class(snapshot["info"]["variant"])(**snapshot["info"]["model"])
-        with torch.device("meta"):                                          # whether they fit, before memory is taken
+        with torch.device("meta"):                                          # a misfit fails before memory is taken
             Denoiser(config).load_state_dict(snapshot["weights"], assign=True)
         denoiser = Denoiser(config)
         denoiser.load_state_dict(snapshot["weights"])
         if not config.num_classes:                                          # of an unconditional run on labelled images
             facts |= {"classes": [], "counts": [sum(facts["counts"])]}
         if len(facts["classes"]) != config.num_classes or not np.isfinite(facts["mean"] + facts["std"]).all():
-            raise ValueError("what it says of its data does not fit, or is not finite")
+            raise ValueError("its facts about the data do not fit the network, or are not finite")
     return denoiser.to(device).eval(), facts
 
 
@@ -180,7 +180,7 @@ def check_guidance(config, facts, guidance, guide=None, guide_facts=None):
             if theirs[name] != ours[name]:
                 raise UserError(f"--guide: was trained on images with {name} = {theirs[name]}, not {ours[name]}")
     elif guidance != 1 and not (config.num_classes and config.label_dropout):
-        raise UserError("--guidance: the run has no labels, or never saw a null label; name a weaker one with --guide")
+        raise UserError("--guidance: the run has no labels, or never saw a null label; name a weaker run with --guide")
 
 
 def join_processes():
@@ -194,8 +194,8 @@ def join_processes():
 
 
 def leave_processes(processes, code=0):
-    """Wait for the others, who may still be writing, disconnect and end with an exit code. Why not as Python ends: in
-    one of ten runs torch.distributed (2.13) aborts a process that does so, and torchrun then reports a failure."""
+    """Wait for the others, who may still be writing, disconnect and exit with `code`. Why by os._exit: if Python ends
+    as usual, torch.distributed (2.13) aborts it in one of ten runs, and torchrun then reports a failure."""
     if processes == 1:
         sys.exit(code)
     dist.all_reduce(torch.zeros(1))                                         # on the CPU: a barrier may ask for a GPU
@@ -213,7 +213,7 @@ def gather(mine, processes):
 
 
 def exchange(text, processes):
-    """Gather one text of up to 16 KB from each process, in their order. Why as tensors: torch's own way unpickles."""
+    """Gather one text of up to 16 KB from each process, in their order. Why as tensors: all_gather_object unpickles."""
     padded = text.encode(errors="replace").ljust(2**14, b"\0")
     tensors = gather(torch.tensor(list(padded), dtype=torch.uint8), processes)
     return [bytes(tensor.tolist()).rstrip(b"\0").decode() for tensor in tensors]
@@ -221,7 +221,8 @@ def exchange(text, processes):
 
 @contextmanager
 def together(processes):
-    """A part in which any process may refuse: then all of them do. Why: so one line is said, and none waits."""
+    """A part in which a process may raise UserError or OSError: then all of them raise UserError. Why: so that the
+    error is printed once, and no process waits for one that has ended."""
     refusal = ""
     try:
         yield
@@ -314,7 +315,7 @@ def main():
     scratch = tempfile.TemporaryFile(dir=place) if rank == 0 and not folder else None   # memory may not hold them all
     at_once = args.batch * processes
     for start in progress(range(0, total, at_once), "images", total, lambda start: min(at_once, total - start)):
-        share = min(args.batch, -(-(total - start) // processes))           # of equal size, so perhaps past the last
+        share = min(args.batch, -(-(total - start) // processes))           # equal shares: numbers past the last wrap
         numbers = [(start + rank * share + i) % total for i in range(share)]
         seeds = [args.seed + i for i in numbers]
         images = decode(sample(denoiser, facts, labels[numbers], seeds, args.gif, denoise, args.steps))

@@ -1,7 +1,7 @@
-"""Train a diffusion transformer with the EDM2 recipe: `torchrun train.py --config=configs/digits.toml`.
+"""Train a diffusion transformer with the EDM2 recipe: `python train.py --config=configs/digits.toml`.
 
 Source: [EDM2] Karras et al. 2024, arXiv 2312.02696. Read model.py before, ema.py and sample.py after.
-Also runs as plain `python train.py`. Any key can be set on the command line: --learning_rate=0.01 --model.depth=8.
+`torchrun --nproc_per_node=8 train.py` trains on eight GPUs. Any key can be set on the command line: --model.depth=8.
 Started again with the same `out`, a run goes on from its last saved state, and ends as if it had never stopped.
 """
 
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (Parser, UserError, batch_indices, describe, load_dataset, make_grid, reading, regular, run_main,
@@ -30,8 +29,8 @@ from data import (Parser, UserError, batch_indices, describe, load_dataset, make
 from ema import PowerEMA, atomic_file, list_snapshots, load_file, save_file, save_snapshot
 from layers import force_weight_normalization
 from model import Configuration, Denoiser, DiTConfig, check_value, config_class, edm2_loss, key, magnitudes
-from sample import (PRECISIONS, check_compiler, choose_device, exchange, join_processes, leave_processes, sample,
-                    save_picture, together, use_bfloat16)
+from sample import (PRECISIONS, check_compiler, choose_device, exchange, gather, join_processes, leave_processes,
+                    sample, save_picture, together, use_bfloat16)
 
 
 @dataclass
@@ -40,7 +39,7 @@ class TrainConfig(Configuration):
 
     out: str = key("out/run", "run directory, where everything lands")
     variant: str = key("", "an idea from variants/, by name (empty: none); --help --variant=NAME lists its keys too")
-    dataset: str = key("digits", "what to train on: the name or directory of a set that data.py made ready")
+    dataset: str = key("digits", "what to train on: the name or directory of a set that data.py prepared")
     flip: bool = key(False, "mirror half of the images, at random")
     seed: int = key(0, "random seed; with the step number it determines all random draws", 0, 2**63 - 1)
     device: str = key("", "cuda, mps or cpu (empty: the best there is)")
@@ -58,11 +57,11 @@ class TrainConfig(Configuration):
     p_mean: float = key(-0.4, "mean of ln(sigma) in training: higher for layout and shape, lower for detail", -20, 20)
     p_std: float = key(1.0, "standard deviation of ln(sigma) in training", 1e-3, 20)
     ema_stds: tuple[float, ...] = key((0.05, 0.10), "relative widths of the averages tracked", 0.001, 0.288)
-    val_every: int = key(500, "steps between values of val_loss, in addition to the end (0: none)", 0, 10**9)
+    val_every: int = key(500, "steps between values of val_loss (0: only one, at the end)", 0, 10**9)
     log_every: int = key(50, "steps between lines of log.jsonl", 1, 10**9)
-    sample_every: int = key(0, "steps between sample grids, in addition to the end (0: none)", 0, 10**9)
-    snapshot_every: int = key(0, "steps between EMA snapshots, in addition to the end (0: none)", 0, 10**9)
-    save_every: int = key(500, "steps between states to resume from, in addition to the end", 1, 10**9)
+    sample_every: int = key(0, "steps between sample grids (0: only one, at the end)", 0, 10**9)
+    snapshot_every: int = key(0, "steps between EMA snapshots (0: only at the end)", 0, 10**9)
+    save_every: int = key(500, "steps between states to resume from; the last step always saves one", 1, 10**9)
     model: DiTConfig = field(default_factory=DiTConfig)
 
     def __post_init__(self):
@@ -71,7 +70,7 @@ class TrainConfig(Configuration):
             raise ValueError(f"ema_stds: {list(self.ema_stds)} must differ by 0.001 and more")
 
 
-# what may change when a run goes on (else it would be another experiment), and what may differ between processes
+# keys that may change when a run goes on (any other change is another experiment), and that processes may differ in
 RESUMABLE = {"out", "dataset", "device", "threads", "precision", "compile", "steps", "micro_batch", "learning_rate",
              "warmup_steps", "decay_steps", "val_every", "log_every", "sample_every", "snapshot_every", "save_every"}
 LOCAL = ("out", "dataset", "device", "threads")
@@ -150,8 +149,8 @@ def learning_rate(step, config):
     return config.learning_rate / math.sqrt(decay) * warmup
 
 
-def random_numbers(config, number, device):
-    """Generator `number` of a run. Why hash + number: a seed has 32 bits, and no two of a run may draw the same."""
+def make_generator(config, number, device):
+    """Generator `number` of a run. Why hash + number: a seed has 32 bits, and no two generators may coincide."""
     start = int.from_bytes(hashlib.sha256(str(config.seed).encode()).digest()[:4], "big")
     return torch.Generator(device).manual_seed((start + number) % 2**32)
 
@@ -159,7 +158,7 @@ def random_numbers(config, number, device):
 def draw_step(config, dataset, step, device):
     """All random numbers of a step, by name, each a tensor (batch, ...).
     Why for the whole batch: they do not depend on how it is split over processes and micro-batches."""
-    options = {"generator": random_numbers(config, step, device), "device": device}
+    options = {"generator": make_generator(config, step, device), "device": device}
     draws = {"sigma": torch.randn(config.batch, **options).mul(config.p_std).add(config.p_mean).exp(),
              "drop": torch.rand(config.batch, **options) < config.model.label_dropout,
              "noise": torch.randn(config.batch, *dataset.shape, **options)}
@@ -171,7 +170,8 @@ def draw_step(config, dataset, step, device):
 
 
 def prepare_batch(config, facts, images, labels, draws, part):
-    """Rows `part` (a slice) of a step's batch, given raw: clean images, labels after dropout, sigma and noise."""
+    """What edm2_loss takes of rows `part` (a slice) of a step: clean images, labels after dropout, sigma and noise.
+    images, labels: these rows as the dataset has them. draws: of the whole step."""
     draws = {name: draw[part].to(images.device) for name, draw in draws.items()}
     if facts["latent"]:                                                     # a fresh draw from the VAE's posterior
         mean, std = images.chunk(2, dim=1)
@@ -184,12 +184,9 @@ def prepare_batch(config, facts, images, labels, draws, part):
     return images, labels, draws["sigma"], draws["noise"]
 
 
-def over_processes(values, processes):
+def sum_over_processes(values, processes):
     """The sums of some numbers over all processes."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if processes > 1:
-        dist.all_reduce(values)
-    return values.tolist()
+    return sum(gather(torch.tensor(values, dtype=torch.float64), processes)).tolist()
 
 
 @torch.no_grad()
@@ -202,18 +199,18 @@ def validation_loss(denoiser, config, dataset, rank=0, processes=1):
     bfloat16, denoiser.bfloat16 = denoiser.bfloat16, False
     for part in range(rank, 40, processes):
         pairs, generator = np.arange(50 * part, 50 * (part + 1)), torch.Generator().manual_seed(part)
-        share = (order[pairs] + torch.rand(50, generator=generator, dtype=torch.float64)) / 2000
+        cdf = (order[pairs] + torch.rand(50, generator=generator, dtype=torch.float64)) / 2000
         draws = {name: torch.randn(50, *dataset.shape, generator=generator) for name in ("noise", "posterior")}
-        draws |= {"sigma": (torch.special.ndtri(share) - 0.4).exp().float(), "drop": torch.zeros(50, dtype=torch.bool)}
+        draws |= {"sigma": (torch.special.ndtri(cdf) - 0.4).exp().float(), "drop": torch.zeros(50, dtype=torch.bool)}
         (images, labels), = dataset.feed([pairs * len(dataset) // 2000], device)
         batch = prepare_batch(config, dataset.facts, images, labels, draws, slice(None))
         errors.append(edm2_loss(denoiser, torch.zeros_like, *batch).item())
     denoiser.bfloat16 = bfloat16
-    return over_processes([sum(errors)], processes)[0] / 40
+    return sum_over_processes([sum(errors)], processes)[0] / 40
 
 
 def optimizer_step(denoiser, optimizer, rate):
-    """One step of Adam at learning rate `rate`, then forced weight normalization. Gradients not finite are 0 [EDM2]."""
+    """One step of Adam at `rate`, then forced weight normalization. Gradients that are not finite count as 0 [EDM2]."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
         for p in group["params"]:
@@ -224,7 +221,7 @@ def optimizer_step(denoiser, optimizer, rate):
 
 
 def gradient_norm(module):
-    """Norm of the gradients of all matrices, before any is changed. Why only these: a single gain can outweigh them."""
+    """Norm of the gradients of all matrices. Why not of the gains too: a single one can outweigh all the rest."""
     gradients = [p.grad for p in module.parameters() if p.ndim == 2 and p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).item()
 
@@ -244,8 +241,8 @@ def lock_run(out):
 
 
 def read_state(config, facts, denoiser, ema, optimizer):
-    """Load the newest good state of the run into what build() made. Returns it, or one of step 0, with "damaged": what
-    is wrong with a newer one."""
+    """Load the newest good state of the run into what build() made. Returns the rest of it (step, losses, sha256,
+    config), or that of a run at step 0, and under "damaged" what is wrong with a newer state."""
     out, damaged = Path(config.out), []
     for path in filter(os.path.lexists, (out / "state.pt", out / "state-previous.pt")):
         try:
@@ -255,7 +252,7 @@ def read_state(config, facts, denoiser, ema, optimizer):
             damaged.append(str(error))
     else:
         last = max((step for step, _, _ in list_snapshots(out / "ema")), default=0)
-        if last > config.save_every:                                        # one killed before its first state: fewer
+        if last > config.save_every:                                        # a run killed before its first save: fewer
             damaged.append(f"{out} has snapshots up to step {last}, but no state to go on from")
         if damaged:
             raise UserError(f"{'; '.join(damaged)}; choose another out")
@@ -285,7 +282,7 @@ def log(out, values):
 def prepare_run(config, state):
     """Write config.toml, and cut the log and the snapshots back to where the state stands."""
     out, step = Path(config.out), state["step"]
-    if state["damaged"]:                                                    # aside, or it would become the older state
+    if state["damaged"]:                                                    # else it would become state-previous.pt
         print(f"warning: {state['damaged'][0]}; going on from step {step}", file=sys.stderr)
         os.replace(out / "state.pt", out / "state-damaged.pt")
     names = ("state-next*", "config*", "log*", "ema/*", "samples/*")
@@ -333,8 +330,8 @@ def build(config, device, bfloat16=False):
 
 
 def catch_signals(processes):
-    """A list that fills when SIGTERM or Ctrl-C asks to stop, so that the step can be finished and saved. A second is
-    the system's own, except under torchrun, which passes on a Ctrl-C that every process got already."""
+    """A list that fills when SIGTERM or Ctrl-C asks to stop, so that the step can be finished and saved. A second
+    signal ends the process at once, except under torchrun, which sends every process a Ctrl-C that it already got."""
     asked = []
 
     def receive(number, frame):
@@ -354,22 +351,21 @@ def due(done, config):
 
 
 def show(config, done, loss, rate):
-    """The progress line, `rate` in steps per second: it overwrites itself on a terminal, and is a plain line elsewhere.
-    """
+    """The progress line, `rate` in steps per second: it overwrites itself on a terminal and is plain elsewhere."""
     left = timedelta(seconds=round((config.steps - done) / rate))
     text = f"step {done}/{config.steps}  loss {loss:.4f}  {rate * config.batch:.0f} images/s  {left} left"
     terminal = sys.stdout.isatty()
     print(f"\r\033[K{text}" if terminal else text, end="" if terminal and done < config.steps else "\n", flush=True)
 
 
-def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss):
-    """Write what is due after `done` steps, of which `now` is the set: lines of the log, snapshots, samples, and a
-    state, beside the one before it. losses: sum and count since the last line of the log.
+def write(tasks, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss):
+    """Write what is due after `done` steps (`tasks`, from due()): lines of the log, snapshots, samples, and a state,
+    keeping the one before it. losses: sum and count since the last line of the log.
     Why the state last: a run goes on from it, and everything before it must be on disk by then."""
     out, (total, count) = Path(config.out), losses
     if not ((out / "lock").exists() and os.path.samestat(os.fstat(lock), os.stat(out / "lock"))):
         raise OSError(f"{out} was deleted or moved, and another training may have its place")
-    if "log" in now:
+    if "log" in tasks:
         images, labels, sigma, noise = batch
         rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
         log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config),
@@ -377,13 +373,13 @@ def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losse
         losses = [0.0, 0.0]
     if val_loss is not None:
         log(out, {"step": done, "val_loss": val_loss})
-    if "snapshot" in now:
+    if "snapshot" in tasks:
         info = {"variant": config.variant, "model": asdict(config.model), "data": facts}
         for std, average in ema.averages.items():
             save_snapshot(out / "ema", average, done, std, info)
-    if "sample" in now:
+    if "sample" in tasks:
         save_samples(config, facts, ema.averages[max(config.ema_stds)], done)
-    if "save" in now:
+    if "save" in tasks:
         save_file(out / "state-next.pt", {
             "step": done, "losses": losses, "config": flatten(config), "data": facts,
             "weights": denoiser.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
@@ -395,8 +391,7 @@ def write(now, config, facts, denoiser, ema, optimizer, lock, done, batch, losse
 def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, processes):
     """Train from state["step"] to config.steps. All processes run this; the first one writes.
     One step: draw, gradients over the micro-batches, Adam, weights forced back to RMS 1, averages, then what is due.
-    Why in this order: averages and files see only weights of RMS 1, and a state holds all of its step and nothing else.
-    """
+    Why in this order: averages and files see only weights of RMS 1, and a state holds whole steps and nothing else."""
     facts, first = dataset.facts, state["step"]
     share, narrowest = config.batch // processes, ema.averages[min(config.ema_stds)]
     micro = config.micro_batch or share
@@ -411,7 +406,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
 
     for step in range(first, config.steps):
-        done, now, loss_step = step + 1, due(step + 1, config), 0.0
+        done, tasks, loss_step = step + 1, due(step + 1, config), 0.0
         draws = draw_step(config, dataset, step, device)
         optimizer.zero_grad()
         for part in parts:
@@ -419,13 +414,13 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             if processes > 1:                                               # sum gradients over processes only once
                 model.require_backward_grad_sync = part is parts[-1]
             loss = edm2_loss(model, denoiser.uncertainty, images, labels, sigma, noise) / len(parts)
-            number = 2**31 + (step * config.batch + part.start) // micro     # those below are the steps'
-            generator = random_numbers(config, number, device)
+            number = 2**31 + (step * config.batch + part.start) // micro     # draw_step() has those below
+            generator = make_generator(config, number, device)
             extra = denoiser.net.extra_loss(narrowest, images, generator) / len(parts)
             ((loss + extra) * images[0].numel()).backward()                 # a sum over channels and pixels, as EDM2's
             loss_step += loss.detach()
 
-        norm = gradient_norm(denoiser) if "log" in now else 0.0
+        norm = gradient_norm(denoiser) if "log" in tasks else 0.0
         optimizer_step(denoiser, optimizer, learning_rate(step, config))
         ema.update(denoiser, done)
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
@@ -435,27 +430,27 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         if compiles and step == first:
             print(f"the first step, which compiles the network, took {seconds:.0f} s", flush=True)
             clock, shown = moment, done
-        elif "log" in now or seconds > 10:
+        elif "log" in tasks or seconds > 10:
             show(config, done, losses[0] / losses[1], (done - shown) / seconds)
             clock, shown = moment, done
 
         # agree on what is due, check the loss, write
-        stop = over_processes([len(asked)], processes)[0] > 0
+        stop = sum_over_processes([len(asked)], processes)[0] > 0
         if stop:
-            now.add("save")
-        if not now:
+            tasks.add("save")
+        if not tasks:
             continue
-        total, count, latest = over_processes([*losses.tolist(), loss_step.item()], processes)
+        total, count, latest = sum_over_processes([*losses.tolist(), loss_step.item()], processes)
         if not math.isfinite(latest):
             raise UserError("" if rank else f"the loss of step {done} is not finite; the last saved state is good, go "
                             "on from it with a lower learning rate")
         val_loss = None
-        if dataset.holdout and "val" in now:
+        if dataset.holdout and "val" in tasks:
             val_loss = validation_loss(narrowest, config, dataset.holdout, rank, processes)
         if rank == 0:
-            write(now, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
+            write(tasks, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
                   [total / processes, count / processes], norm, val_loss)
-        if "log" in now:
+        if "log" in tasks:
             losses.zero_()
         if stop and done < config.steps:
             if rank == 0:
@@ -479,19 +474,19 @@ def main():
         if config.compile == "true":
             check_compiler(device)
         lock = lock_run(Path(config.out)) if rank == 0 else None
-        model = build(config, device, use_bfloat16(config.precision, device))
-        state = read_state(config, dataset.facts, *model)
-    with together(processes):                                               # all go on from the same, or none does
+        built = build(config, device, use_bfloat16(config.precision, device))
+        state = read_state(config, dataset.facts, *built)
+    with together(processes):                                               # all start from the same state, or none
         ours = flatten(config) | dataset.facts["hashes"] | {"step": state["step"], "state": state["sha256"]}
         for number, text in enumerate(exchange(json.dumps(ours), processes)):
             if wrong := differences(json.loads(text), json.loads(json.dumps(ours)), LOCAL):
                 raise UserError(f"process {number} has {wrong}")
         if rank == 0:
             prepare_run(config, state)
-    print(f"{sum(p.numel() for p in model[0].parameters()):,} parameters, {len(dataset):,} images, "
+    print(f"{sum(p.numel() for p in built[0].parameters()):,} parameters, {len(dataset):,} images, "
           f"{device.type} x {processes}, steps {state['step']} to {config.steps}"
           f"{'' if dataset.holdout else '; no val_loss, since no image is held out'}", flush=True)
-    train(config, dataset, device, *model, state, lock, rank, processes)
+    train(config, dataset, device, *built, state, lock, rank, processes)
     print(config.out)
     leave_processes(processes)
 

@@ -58,7 +58,7 @@ def work(files, environment, setup, words):
 
 
 def make_set(folder, images, labels, classes, held_out=None):
-    """Write images (N, C, S, S) and labels (N,) as a set made ready. Returns the option for it."""
+    """Write images (N, C, S, S) and labels (N,) as a prepared set. Returns the option for it."""
     from data import Source, write_set
     folder.mkdir()
     made = {"source": "a test", "size": None, "holdout": 0.1, "skip_broken": False}

@@ -306,7 +306,7 @@ def bad_sources():
     yield "nan.zip", {"a.npy": saved(np.save, np.full((8, 4, 4), np.nan, np.float32))}, "a.npy: must be float32"
     yield "code.zip", {"a.npy": saved(np.save, np.array([{}]))}, "a.npy: Object arrays cannot be loaded"
     yield "both.zip", files | {"a.npy": b""}, "both pictures and .npy latents"
-    yield "nothing", {"a.txt": b""}, "there are no images in it"
+    yield "nothing", {"a.txt": b""}, "it holds no images of a kind"
     yield "nowhere", {}, "there is no such file"
 
 

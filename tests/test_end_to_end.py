@@ -125,7 +125,7 @@ def test_the_distance_of_a_run_to_its_data_is_that_of_its_samples_and_the_data_p
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
     result = done("fid.py", "compare", trained[0], "digits", "--features=pixels", *options)
     assert float(result.stdout) == pytest.approx(expected, rel=1e-3)
-    assert "digits: 1,697 images, 8x8, grey, as the run's data" in result.stderr
+    assert "digits: 1,697 images, 8x8, grey, as the run's\n" in result.stderr
     (tmp_path / "wide").mkdir()
     for i, image in enumerate(digits.images[:60, 0]):                       # in colour, and with more at both sides
         Image.fromarray(np.dstack([np.pad(image, ((0, 0), (3, 3)))] * 3)).save(tmp_path / "wide" / f"{i:02d}.png")

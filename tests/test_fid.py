@@ -111,7 +111,7 @@ def test_network_takes_only_the_public_names_and_shapes_and_agrees_with_a_second
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder we are in, with the same 40 grey images as a folder, as an npz and as sets/ready, a set made ready."""
+    """The folder we are in, with the same 40 grey images as a folder, as an npz and as sets/ready, a prepared set."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data.DATASETS", tmp_path / "sets")
     (tmp_path / "sets").mkdir(), (tmp_path / "folder").mkdir()

@@ -12,8 +12,8 @@ from conftest import ROOT, call
 from data import Dataset, batch_indices, from_network, load_dataset, to_network
 from model import DiTConfig, edm2_loss
 from test_end_to_end import TINY, done, log
-from train import (TrainConfig, build, draw_step, flatten, learning_rate, load_config, optimizer_step, prepare_batch,
-                   random_numbers, validation_loss)
+from train import (TrainConfig, build, draw_step, flatten, learning_rate, load_config, make_generator, optimizer_step,
+                   prepare_batch, validation_loss)
 
 CPU, DIGITS = torch.device("cpu"), load_dataset("digits")
 TOY = DiTConfig(depth=1, width=16, heads=1)
@@ -35,7 +35,7 @@ def test_learning_rate_warms_up_stays_and_falls_as_one_over_sqrt():
 
 def test_random_numbers_never_repeat_within_a_run_and_differ_between_runs():
     def first(number, seed=0):
-        return str(torch.rand(2, generator=random_numbers(TrainConfig(seed=seed), number, CPU)).tolist())
+        return str(torch.rand(2, generator=make_generator(TrainConfig(seed=seed), number, CPU)).tolist())
 
     numbers = [*range(200), *range(2**31 - 100, 2**31 + 100), *range(2**32 - 200, 2**32)]
     assert len({first(number) for number in numbers}) == 600 and first(7) == first(7)

@@ -1,6 +1,6 @@
 """A small classifier whose features judge samples where Inception's say little: `python -m variants.classifier digits`.
 
-It learns the classes of a set that data.py made ready, prints its accuracy on the held-out part, and writes its
+It learns the classes of a set that data.py prepared, prints its accuracy on the held-out part, and writes its
 features as the TorchScript file that fid.py takes:
 
     python -m variants.classifier fashion-mnist --out=out/features.pt
@@ -43,7 +43,7 @@ def in_batches(dataset, index_lists, device):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("dataset", help="name or directory of a set with classes that data.py made ready")
+    parser.add_argument("dataset", help="name or directory of a set with classes that data.py prepared")
     parser.add_argument("--epochs", type=number(int, 1, 1000), default=5, help="passes over the images (default: 5)")
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of the initial weights and the order")
     parser.add_argument("--out", type=Path, default=Path("out/features.pt"), help="default: out/features.pt")
