@@ -107,17 +107,23 @@ def run_main(main):
         sys.exit({UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
 
 
+def say(text, end="\n"):
+    """Print on stderr what the user should know. Why a function: of several processes only the first may say it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
 def progress(items, what, total, size=lambda item: 1):
     """Yield `items`, printing a line with rate and time left: overwritten on a terminal, every 10 seconds elsewhere."""
     begin = shown = time.monotonic()
-    terminal, first, done = sys.stderr.isatty(), os.environ.get("RANK", "0") == "0", 0
+    terminal, done = sys.stderr.isatty(), 0
     for item in items:
         yield item
         done, now = done + size(item), time.monotonic()
-        if first and (done == total or now - shown >= (0.2 if terminal else 10)):
+        if done == total or now - shown >= (0.2 if terminal else 10):
             rate, shown = done / max(now - begin, 1e-9), now
-            line = f"{what}: {done:,}/{total:,}  {rate:,.0f}/s  {(total - done) / rate:.0f} s left "
-            print(line, end="\r" if terminal and done < total else "\n", file=sys.stderr, flush=True)
+            line = f"{what}: {done:,}/{total:,}  {rate:,.0f}/s  {(total - done) / rate:.0f} s left"
+            say(f"\r\033[K{line}" if terminal else line, end="" if terminal and done < total else "\n")
 
 
 @dataclass
@@ -190,6 +196,12 @@ def describe(facts):
     pairs = [f"{name} {count:,}" for name, count in zip(facts["classes"], facts["counts"])]
     classes = f"{len(pairs)} classes: {', '.join(pairs[:20])}{', ...' * (len(pairs) > 20)}" if pairs else "no classes"
     return f"{sum(facts['counts']):,} {'latents' if facts['latent'] else 'images'}, {classes}"
+
+
+def differences(theirs, ours, leave_out=()):
+    """In one line, what differs between two dicts: "seed = 0, not 1; ..."; empty if nothing does."""
+    return "; ".join(f"{name} = {theirs.get(name)!r}, not {value!r}" for name, value in ours.items()
+                     if name not in leave_out and theirs.get(name) != value)[:1000]
 
 
 @lru_cache(maxsize=2)
@@ -524,7 +536,7 @@ def write_images(files, source, made, changes, channels=1):
         except UserError as error:
             if not made["skip_broken"]:
                 raise UserError(f"{error}; --skip-broken leaves such images out") from None
-            print(f"left out: {error}", file=sys.stderr)
+            say(f"left out: {error}")
             changes["that cannot be read, left out"] += 1
             continue
         if made["size"] and image.dtype != np.uint8:
@@ -642,13 +654,14 @@ def main():
     folder = DATASETS / name
     made = {"source": args.source if named else os.path.abspath(path), "size": args.size, "holdout": args.holdout,
             "skip_broken": args.skip_broken}
-    if folder.exists() and not (args.overwrite and (folder / "about.json").is_file()):
+    if folder.exists() and not (folder / "about.json").is_file():
+        raise UserError(f"{folder} is there and is no set; choose another --name")
+    if folder.exists() and not args.overwrite:
         with reading(folder):
-            theirs = json.loads(regular(folder / "about.json").read_text(encoding="utf-8")).get("made", {})
-            other = [f"{key} {theirs.get(key)!r}, not {value!r}" for key, value in made.items()
-                     if theirs.get(key) != value]
+            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            other = differences(about.get("made", {}), made)
         if other:
-            raise UserError(f"{folder} was made with {'; '.join(other)}; choose another --name, or --overwrite")
+            raise UserError(f"{folder} was made with {other}; choose another --name, or --overwrite")
         lines = [f"{folder} is ready; if its source has changed since, use --overwrite"]
     else:
         if named:

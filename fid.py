@@ -13,7 +13,6 @@ or a run directory or snapshot, from which samples are drawn on the fly. Under t
 """
 
 import os
-import sys
 import tomllib
 from collections import Counter
 from functools import partial
@@ -26,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (Parser, UserError, crop_and_resize, download, find_set, load_dataset, number, open_source, progress,
-                  reading, regular, run_main)
+                  reading, regular, run_main, say)
 from ema import atomic_file, list_snapshots
 from sample import (check_guidance, choose_device, deal_labels, guided, join_processes, leave_processes, load_decoder,
                     load_denoiser, sample, together)
@@ -50,6 +49,8 @@ def statistics(name, source, features, batch, device, rank=0, processes=1):
         batches = [numbers[i:i + batch] for i in range(0, len(numbers), batch)]
         for part in progress(batches, f"{name}, images", len(numbers), len):
             x = features(draw(part).to(device))
+            if x.shape[1] > 2**14:                                          # whose covariance would take 2 GB
+                raise UserError(f"--features: {x.shape[1]:,} are too many; pixels are for tiny images")
             x = (x.cpu() if x.device.type == "mps" else x).double()         # mps has no float64
             total, products = total + x.sum(0), products + x.T @ x
     total, products = total.cpu(), products.cpu()
@@ -211,13 +212,14 @@ def open_images(source, shape):
     """Any other images as a source, see open_run(). shape: what to make of them, by the preparation that data.py has
     for training, or None: they stay as they are, grey ones among colour in colour. Why: otherwise the distance would
     also measure that the two sides were cropped or resized differently."""
-    ready = find_set(source) or not Path(source).exists()                   # load_dataset says what there is
-    images = load_dataset(source).images if ready else open_source(source, Counter()).images
+    ready, here = find_set(source), Path(source).exists()
+    if ready and here and not ready.samefile(source):
+        raise UserError(f"{source} is a path here and also a prepared set; write {os.path.abspath(source)} or {ready}")
+    images = open_source(source, Counter()).images if here and not ready else load_dataset(source).images
     with reading(source):
         colour = shape is None and any(len(image) > 1 for image in images)
     form = f"{shape[1]}x{shape[2]}, {'grey' if shape[0] == 1 else 'colour'}, as the run's" if shape else "as they are"
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{source}: {len(images):,} images, {form}", file=sys.stderr)
+    say(f"{source}: {len(images):,} images, {form}")
 
     def read(numbers):
         with reading(source):
@@ -242,8 +244,8 @@ def compare(a, b, names):
         raise UserError(f"{names[0]} has {mu1.size} features, {names[1]} has {mu2.size}: other features or image sizes")
     for (mu, _, count), name in zip((a, b), names):
         if count is not None and count < 5 * len(mu):
-            print(f"warning: {name}: {count} images are few for {len(mu)} features; the distance comes out too large, "
-                  f"compare it only with others from {count} images", file=sys.stderr)
+            say(f"warning: {name}: {count} images are few for {len(mu)} features; the distance comes out too large, "
+                f"compare it only with others from {count} images")
     return frechet_distance(mu1, sigma1, mu2, sigma2)
 
 
@@ -288,9 +290,8 @@ def main():
                 raise UserError(text)
         if args.command == "stats":
             args.out.parent.mkdir(parents=True, exist_ok=True)              # fails now rather than after the work
-        if args.command == "sweep":                                         # of the run at every width, to a reference
-            names = [args.reference or dataset_of(names[0])] + names * len(args.std)
-            widths += args.std
+        if args.command == "sweep":                                         # of the run, to a reference
+            names, widths = [args.reference or dataset_of(names[0]), *names], [args.ema, args.std[0]]
         features = load_features(args.features, args.weights, device)
         runs = [open_run(name, args, device, std) for name, std in zip(names, widths)]
         if args.command == "sweep" and not runs[-1]:
@@ -313,8 +314,9 @@ def main():
         print(f"{compare(first, measure(1), names):.6g}")
     else:
         points = []
-        for i, std in enumerate(args.std, 1):
-            points.append((std, compare(measure(i), first, (names[i], names[0]))))
+        for std in args.std:                                                # one at a time, as many may not fit a GPU
+            sources[1] = open_run(names[1], args, device, std)
+            points.append((std, compare(measure(1), first, names[::-1])))
             print(f"EMA width {std:0<5}  distance {points[-1][1]:.6g}", flush=True)
         print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:0<5}")
         if args.plot and rank == 0:

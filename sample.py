@@ -13,13 +13,14 @@ import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Parser, UserError, from_network, make_grid, number, progress, reading, run_main, to_picture
+from data import Parser, UserError, from_network, make_grid, number, progress, reading, run_main, say, to_picture
 from ema import atomic_file, list_snapshots, load_file, reconstruct
 from model import Denoiser, config_class
 
@@ -108,7 +109,7 @@ def use_bfloat16(precision, device):
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     if precision == "bfloat16" and able and not any(has for name, has in able.items() if "bf16" in name):
-        print("warning: this CPU has no bfloat16, and emulating it is very slow", file=sys.stderr)
+        say("warning: this CPU has no bfloat16, and emulating it is very slow")
     return precision == "bfloat16"
 
 
@@ -121,7 +122,7 @@ def check_compiler(device):
 
 def newest_run(folder="out"):
     """The run directory under `folder` with the newest snapshot."""
-    snapshots = [path for run in Path(folder).glob("*/ema") for _, _, path in list_snapshots(run)]
+    snapshots = [path for run in Path(folder).rglob("ema") for _, _, path in list_snapshots(run)]
     if not snapshots:
         raise UserError(f"no run with a snapshot under {folder}/; train: python train.py --config=configs/digits.toml")
     return max(snapshots, key=lambda path: path.stat().st_mtime).parent.parent
@@ -189,7 +190,8 @@ def join_processes():
     if processes > 1:
         if rank > 0:
             sys.stdout = open(os.devnull, "w")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(hours=2))       # while one writes, the others wait
     return rank, processes
 
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import (Parser, UserError, batch_indices, describe, load_dataset, make_grid, reading, regular, run_main,
-                  to_network)
+from data import (Parser, UserError, batch_indices, describe, differences, load_dataset, make_grid, reading, regular,
+                  run_main, say, to_network)
 from ema import PowerEMA, atomic_file, list_snapshots, load_file, save_file, save_snapshot
 from layers import force_weight_normalization
 from model import Configuration, Denoiser, DiTConfig, check_value, config_class, edm2_loss, key, magnitudes
@@ -67,7 +67,7 @@ class TrainConfig(Configuration):
     def __post_init__(self):
         super().__post_init__()
         if len({round(std, 3) for std in self.ema_stds}) < len(self.ema_stds):
-            raise ValueError(f"ema_stds: {list(self.ema_stds)} must differ by 0.001 and more")
+            raise ValueError(f"ema_stds: {list(self.ema_stds)} must differ in three decimals")
 
 
 # keys that may change when a run goes on (any other change is another experiment), and that processes may differ in
@@ -79,7 +79,7 @@ LOCAL = ("out", "dataset", "device", "threads")
 def parse_text(text, kind):
     """A word of the command line as TOML would give it: numbers, true and false, lists written a,b,c; else the text."""
     if typing.get_origin(kind) is tuple:
-        return [parse_text(part, kind.__args__[0]) for part in text.strip("[]").split(",")]
+        return [parse_text(part.strip(), kind.__args__[0]) for part in text.strip("[]").split(",")]
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
@@ -105,7 +105,7 @@ def load_config(argv):
         with reading(first.config):
             table = tomllib.loads(regular(first.config).read_text(encoding="utf-8-sig"))
             table |= {f"model.{name}": value for name, value in table.pop("model", {}).items()}
-    with reading(first.config or "--variant", ValueError):
+    with reading("--variant" if "variant" in first else first.config, ValueError):
         Model = config_class(getattr(first, "variant", table.get("variant", "")))
     keys |= add_options(parser, Model, "model.")                            # a variant has more of them
     given, unknown = parser.parse_known_args(argv)
@@ -134,12 +134,6 @@ def flatten(config):
     top = asdict(config)
     model = top.pop("model")
     return top | {f"model.{name}": value for name, value in model.items()}
-
-
-def differences(theirs, ours, leave_out=()):
-    """In one line, what differs between two dicts: "seed = 0, not 1; ..."; empty if nothing does."""
-    return "; ".join(f"{name} = {theirs.get(name)!r}, not {value!r}" for name, value in ours.items()
-                     if name not in leave_out and theirs.get(name) != value)[:1000]
 
 
 def learning_rate(step, config):
@@ -220,12 +214,6 @@ def optimizer_step(denoiser, optimizer, rate):
     force_weight_normalization(denoiser)
 
 
-def gradient_norm(module):
-    """Norm of the gradients of all matrices. Why not of the gains too: a single one can outweigh all the rest."""
-    gradients = [p.grad for p in module.parameters() if p.ndim == 2 and p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).item()
-
-
 def lock_run(out):
     """Make the run directory and hold its lock while this process lives. Why: two trainings would mix their files."""
     out.mkdir(parents=True, exist_ok=True)
@@ -236,7 +224,7 @@ def lock_run(out):
     except (BlockingIOError, PermissionError):
         raise UserError(f"out: {out} is in use by another training; choose another out") from None
     except (OSError, ImportError):                                          # a disk without locks, or Windows
-        print(f"warning: {out} cannot be locked; start one training in it at a time", file=sys.stderr)
+        say(f"warning: {out} cannot be locked; start one training in it at a time")
     return lock
 
 
@@ -283,7 +271,7 @@ def prepare_run(config, state):
     """Write config.toml, and cut the log and the snapshots back to where the state stands."""
     out, step = Path(config.out), state["step"]
     if state["damaged"]:                                                    # else it would become state-previous.pt
-        print(f"warning: {state['damaged'][0]}; going on from step {step}", file=sys.stderr)
+        say(f"warning: {state['damaged'][0]}; going on from step {step}")
         os.replace(out / "state.pt", out / "state-damaged.pt")
     names = ("state-next*", "config*", "log*", "ema/*", "samples/*")
     unfinished = [path for name in names for path in out.glob(f"{name}.writing")]       # by a training that was killed
@@ -295,7 +283,8 @@ def prepare_run(config, state):
     (out / "log.jsonl").touch()
     with reading(out / "log.jsonl"):
         lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        lines = [line for line, values in lines if values["step"] + ("changed" in values) <= step]
     with atomic_file(out / "log.jsonl") as file:
         file.write("".join(lines).encode())
     if changed := differences(state["config"], flatten(config), LOCAL):
@@ -358,7 +347,7 @@ def show(config, done, loss, rate):
     print(f"\r\033[K{text}" if terminal else text, end="" if terminal and done < config.steps else "\n", flush=True)
 
 
-def write(tasks, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, norm, val_loss):
+def write(tasks, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, val_loss):
     """Write what is due after `done` steps (`tasks`, from due()): lines of the log, snapshots, samples, and a state,
     keeping the one before it. losses: sum and count since the last line of the log.
     Why the state last: a run goes on from it, and everything before it must be on disk by then."""
@@ -368,8 +357,9 @@ def write(tasks, config, facts, denoiser, ema, optimizer, lock, done, batch, los
     if "log" in tasks:
         images, labels, sigma, noise = batch
         rms = magnitudes(denoiser, images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
+        gradients = [p.grad for p in denoiser.parameters() if p.ndim == 2 and p.grad is not None]
         log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config),
-                  "loss": total / count, "gradient_norm": norm, **rms})
+                  "loss": total / count, "gradient_norm": torch.nn.utils.get_total_norm(gradients).item(), **rms})
         losses = [0.0, 0.0]
     if val_loss is not None:
         log(out, {"step": done, "val_loss": val_loss})
@@ -420,7 +410,6 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             ((loss + extra) * images[0].numel()).backward()                 # a sum over channels and pixels, as EDM2's
             loss_step += loss.detach()
 
-        norm = gradient_norm(denoiser) if "log" in tasks else 0.0
         optimizer_step(denoiser, optimizer, learning_rate(step, config))
         ema.update(denoiser, done)
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
@@ -449,12 +438,11 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             val_loss = validation_loss(narrowest, config, dataset.holdout, rank, processes)
         if rank == 0:
             write(tasks, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
-                  [total / processes, count / processes], norm, val_loss)
+                  [total / processes, count / processes], val_loss)
         if "log" in tasks:
             losses.zero_()
         if stop and done < config.steps:
-            if rank == 0:
-                print(f"stopped after step {done}, saved; the same command goes on", file=sys.stderr)
+            say(f"stopped after step {done}, saved; the same command goes on")
             leave_processes(processes, 128 + (asked or [signal.SIGTERM])[0])
 
 

@@ -58,7 +58,7 @@ def main():
     optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], lr=0.002)
     steps = -(-args.epochs * len(dataset) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = [batch_indices(len(dataset), args.seed, 128 * step, 128) for step in range(steps)]
+    order = (batch_indices(len(dataset), args.seed, 128 * step, 128) for step in range(steps))
     for images, labels in progress(in_batches(dataset, order, device), "training steps", steps):
         optimizer.zero_grad()
         F.cross_entropy(head(features(images)), labels).backward()

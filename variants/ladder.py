@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention, modulate, mp_silu,
                     mp_sum, normalize)
-from model import DiT, DiTConfig, PlainAttention, key, position_embedding
+from model import DiT, DiTConfig, PlainAttention, init_linears, key, position_embedding
 
 @dataclass
 class Config(DiTConfig):
@@ -194,10 +194,7 @@ class Output(nn.Module):
 
 def init_plain(net):
     """DiT's initialisation, as in model.py, for rungs A and B."""
-    for module in net.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+    init_linears(net)
     for layer in net.input.noise:
         nn.init.normal_(layer.weight, std=0.02)
     for layer in (net.output.linear,
