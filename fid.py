@@ -50,7 +50,7 @@ def statistics(name, source, features, batch, device, rank=0, processes=1):
         for part in progress(batches, f"{name}, images", len(numbers), len):
             x = features(draw(part).to(device))
             if x.shape[1] > 2**14:                                          # whose covariance would take 2 GB
-                raise UserError(f"--features: {x.shape[1]:,} are too many; pixels are for tiny images")
+                raise UserError(f"{name}: {x.shape[1]:,} features are too many; pixels are for tiny images")
             x = (x.cpu() if x.device.type == "mps" else x).double()         # mps has no float64
             total, products = total + x.sum(0), products + x.T @ x
     total, products = total.cpu(), products.cpu()

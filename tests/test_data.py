@@ -326,6 +326,7 @@ def test_a_set_that_is_there_is_replaced_only_if_asked(tmp_path):
     assert np.array_equal(make_ready(b, "--name=set", "--overwrite", "--holdout=0")[0].images, images // 2)
     assert np.array_equal(first.images, images)                             # who has the old one open keeps it
     assert "--name: " in refusal(a, "--name=../up", "--overwrite")
+    assert "mine is there and is no set" in refusal(write(data.DATASETS / "mine", {"a.png": png(images[0])}))
 
 
 def test_a_damaged_set_is_one_line(tmp_path):

@@ -155,9 +155,12 @@ def test_bad_input_is_one_line_that_names_it(folder):
         torch.jit.trace(function, torch.zeros(2, 3, 4, 4)).save(f"{name}.pt")
     for name, mu in (("code", [{}] * 3), ("small", np.zeros(3)), ("odd", np.zeros(4)), ("nan", [np.nan] * 3)):
         np.savez(f"{name}.npz", mu=mu, sigma=np.eye(3))
+    np.savez("large.npz", arr_0=np.zeros((2, 129, 129, 1), np.uint8))
     (folder / "text.npz").write_text("hello")
+    (folder / "ready").mkdir()                                              # a set is called so too
     for words in [f"--features=pixels {name}.npz" for name in ("text", "code", "small", "odd", "nan", "nowhere")] + [
-            f"folder --features={name}" for name in ("text.npz", "flat.pt", "infinite.pt")]:
+            f"folder --features={name}" for name in ("text.npz", "flat.pt", "infinite.pt")] + [
+            "--features=pixels ready", "large.npz --features=pixels large.npz"]:
         result = call("fid.py", "compare", "folder", *words.split())
         line, name = result.stderr.splitlines()[-1], words.replace("=", " ").split()[-1]
         assert result.returncode == 2 and line.startswith("fid.py: ") and name in line, (words, result.stderr)

@@ -110,7 +110,7 @@ def test_the_newest_run_is_taken_and_its_widest_average_or_the_width_asked_for_a
         newest_run(tmp_path)
     os.utime(save_run(tmp_path / "c", MAIN), (10**9, 10**9))
     for step in (10, 20):
-        narrow, wide = save_run(tmp_path / "b", MAIN, 0.05, step), save_run(tmp_path / "b", GUIDE, 0.1, step)
+        narrow, wide = (save_run(tmp_path / "a" / "b", net, std, step) for net, std in ((MAIN, 0.05), (GUIDE, 0.1)))
     run = newest_run(tmp_path)
     mixed, = reconstruct(run / "ema", [0.07])                               # not tracked: mixed in memory
     for args, expected in (((run, CPU), load_file(wide)), ((run / "ema", CPU, 0.05), load_file(narrow)),
@@ -118,7 +118,7 @@ def test_the_newest_run_is_taken_and_its_widest_average_or_the_width_asked_for_a
         denoiser, facts = load_denoiser(*args)
         assert facts == FACTS and not denoiser.training
         assert all(torch.equal(w, expected["weights"][name].float()) for name, w in denoiser.state_dict().items())
-    assert run == tmp_path / "b" and len(list(run.rglob("*.pt"))) == 4
+    assert run == tmp_path / "a" / "b" and len(list(run.rglob("*.pt"))) == 4
 
 
 def test_what_is_no_run_or_snapshot_of_a_denoiser_is_one_line_that_names_it(tmp_path):

@@ -115,7 +115,7 @@ def test_val_loss_is_the_weighted_error_on_the_held_out_images_whatever_the_run_
 def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_the_command_line(tmp_path):
     text = 'compile = true\nsteps = 7\nlearning_rate = 1\nema_stds = [0.2]\n[model]\nsize = "XS"\nheads = 8\n'
     (tmp_path / "a.toml").write_text(text, encoding="utf-8-sig")            # as Windows' editor saves it
-    words = ["--steps=9", "--model.modulation=gate,shift", "--ema_stds=0.1,0.2", "--compile=false", "--p_mean=-.5"]
+    words = ["--steps=9", "--model.modulation=gate, shift", "--ema_stds=0.1,0.2", "--compile=false", "--p_mean=-.5"]
     config = load_config([f"--config={tmp_path / 'a.toml'}", *words])
     assert (config.steps, config.learning_rate, config.batch, config.compile) == (9, 1.0, TrainConfig().batch, "false")
     assert config.model.modulation == ("shift", "gate") and config.ema_stds == (0.1, 0.2) and config.p_mean == -0.5
@@ -140,6 +140,7 @@ def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_
     ("--device=abacus", "device: 'abacus' cannot be used"),
     ("--model.depth=x", "command line: model.depth: must be a whole number"),
     ("--variant=plots", "--variant: variants/plots.py is no network to train"),
+    ("variant = 'plots'", "FILE: variants/plots.py is no network to train"),
 ])
 def test_a_mistake_in_the_configuration_is_one_line_that_names_it(tmp_path, text, message):
     (tmp_path / "a.toml").write_text(text)
