@@ -643,7 +643,7 @@ def main():
     args = parser.parse_args()
     path, named, changes = Path(args.source), args.source in DOWNLOADS, Counter()
     if not named and not (args.source and path.exists()):
-        hint = "it is the name of a set that is ready" if find_set(args.source) else f"known are {', '.join(DOWNLOADS)}"
+        hint = "a prepared set is called so" if find_set(args.source) else f"names to download: {', '.join(DOWNLOADS)}"
         raise UserError(f"{args.source}: there is no such file; {hint}")
     if named and path.exists():
         raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")
