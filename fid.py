@@ -314,7 +314,7 @@ def main():
         print(f"{compare(first, measure(1), names):.6g}")
     else:
         points = []
-        for std in args.std:                                                # one at a time, as many may not fit a GPU
+        for std in args.std:                                                # not all at once: they may not fit a GPU
             sources[1] = open_run(names[1], args, device, std)
             points.append((std, compare(measure(1), first, names[::-1])))
             print(f"EMA width {std:0<5}  distance {points[-1][1]:.6g}", flush=True)
