@@ -339,12 +339,10 @@ def due(done, config):
     return {name for name, steps in every.items() if done == config.steps or steps and done % steps == 0}
 
 
-def show(config, done, loss, rate):
-    """The progress line, `rate` in steps per second: it overwrites itself on a terminal and is plain elsewhere."""
-    left = timedelta(seconds=round((config.steps - done) / rate))
-    text = f"step {done}/{config.steps}  loss {loss:.4f}  {rate * config.batch:.0f} images/s  {left} left"
+def show(text, stays=True):
+    """Print a line on stdout. On a terminal the next one overwrites it, unless it `stays`."""
     terminal = sys.stdout.isatty()
-    print(f"\r\033[K{text}" if terminal else text, end="" if terminal and done < config.steps else "\n", flush=True)
+    print(f"\r\033[K{text}" if terminal else text, end="" if terminal and not stays else "\n", flush=True)
 
 
 def write(tasks, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, val_loss):
@@ -363,6 +361,7 @@ def write(tasks, config, facts, denoiser, ema, optimizer, lock, done, batch, los
         losses = [0.0, 0.0]
     if val_loss is not None:
         log(out, {"step": done, "val_loss": val_loss})
+        show(f"step {done}  val_loss {val_loss:.4f}")
     if "snapshot" in tasks:
         info = {"variant": config.variant, "model": asdict(config.model), "data": facts}
         for std, average in ema.averages.items():
@@ -414,14 +413,16 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         ema.update(denoiser, done)
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
 
-        # show progress; the time to compile does not count
-        moment, seconds = time.monotonic(), time.monotonic() - clock
+        # show progress; the time to compile, to validate and to write does not count
+        seconds = time.monotonic() - clock
         if compiles and step == first:
-            print(f"the first step, which compiles the network, took {seconds:.0f} s", flush=True)
-            clock, shown = moment, done
+            show(f"the first step, which compiles the network, took {seconds:.0f} s")
+            clock, shown = time.monotonic(), done
         elif "log" in tasks or seconds > 10:
-            show(config, done, losses[0] / losses[1], (done - shown) / seconds)
-            clock, shown = moment, done
+            rate = (done - shown) / seconds
+            show(f"step {done}/{config.steps}  loss {losses[0] / losses[1]:.4f}  {rate * config.batch:.0f} images/s  "
+                 f"{timedelta(seconds=round((config.steps - done) / rate))} left", done == config.steps)
+            clock, shown = time.monotonic(), done
 
         # agree on what is due, check the loss, write
         stop = sum_over_processes([len(asked)], processes)[0] > 0
@@ -441,8 +442,9 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
                   [total / processes, count / processes], val_loss)
         if "log" in tasks:
             losses.zero_()
+        clock, shown = time.monotonic(), done
         if stop and done < config.steps:
-            say(f"stopped after step {done}, saved; the same command goes on")
+            show(f"stopped after step {done}, saved; the same command goes on")
             leave_processes(processes, 128 + (asked or [signal.SIGTERM])[0])
 
 

@@ -64,6 +64,7 @@ def measure(functions, rounds):
 
 for network, precision in product(args.networks, ("float32", "bfloat16")):
     steps = {}
+    torch.compiler.reset()                                                  # it compiles one code eight times at most
     for block, mode in product(("mp", "plain"), ("eager", "compiled")):
         _, step, products = make_step(block, *NETWORKS[network], mode == "compiled", getattr(torch, precision))
         steps |= {f"{block} {mode}": step, f"{block} products": products}

@@ -96,6 +96,7 @@ def test_plain_compiled_on_latents_with_a_frozen_layer_two_processes_follow_one_
         result = Job(*[command] * processes, setup=freeze_input).finish(120)
         assert result.returncode == [0] * processes, result.stderr
         assert ("the first step, which compiles the network, took" in result.stdout) == (compiled == "true")
+        assert f"step 3  val_loss {log(tmp_path / str(processes))[-1]['val_loss']:.4f}\n" in result.stdout
     assert same_losses(tmp_path / "2", tmp_path / "1", rel=1e-5) and log(tmp_path / "1")[-1]["val_loss"] > 0
     first, last = (load_file(tmp_path / "2" / "ema" / f"000000{step}-0.050.pt")["weights"] for step in (1, 3))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
