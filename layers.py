@@ -163,7 +163,7 @@ class Modulation(nn.Module):
         out = {"rotate": None, "scale": None, "shift": None, "gate": 0.0}
         if self.sizes:                                                      # float: 1 + scale needs more than bfloat16
             parts = self.linear(cond).float()[:, None].split(list(self.sizes.values()), dim=-1)
-            out |= {kind: gain * part for kind, gain, part in zip(self.sizes, self.gain, parts)}
+            out.update({kind: gain * part for kind, gain, part in zip(self.sizes, self.gain, parts)})
         return out["rotate"], out["scale"], out["shift"], out["gate"]
 
 

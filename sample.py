@@ -107,7 +107,7 @@ def use_bfloat16(precision, device):
     """Whether the network runs in bfloat16: for "auto" on GPUs that have it. Warns where it would only be emulated."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     if precision == "bfloat16" and able and not any(has for name, has in able.items() if "bf16" in name):
         say("warning: this CPU has no bfloat16, and emulating it is very slow")
     return precision == "bfloat16"
@@ -200,7 +200,8 @@ def leave_processes(processes, code=0):
     as usual, torch.distributed (2.13) aborts it in one of ten runs, and torchrun then reports a failure."""
     if processes == 1:
         sys.exit(code)
-    dist.all_reduce(torch.zeros(1))                                         # on the CPU: a barrier may ask for a GPU
+    last = torch.zeros(1)                                                   # kept, or torch 2.6 may wait here for ever
+    dist.all_reduce(last)                                                   # on the CPU: a barrier may ask for a GPU
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(code)

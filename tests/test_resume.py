@@ -181,7 +181,8 @@ def test_another_experiment_is_refused_and_a_change_that_may_be_is_noted(whole, 
     moved = shutil.copytree(ROOT / "datasets" / "digits", tmp_path / "moved")
     train.log(copy, {"step": 40, "changed": "by a training that saved no state"})
     result = done(*words(copy, 45, "--learning_rate=0.001", f"--dataset={moved}", "--precision=bfloat16"))
-    able = any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+    known = getattr(torch.cpu, "get_capabilities", dict)()                  # torch 2.6 cannot tell
+    able = not known or any(has for name, has in known.items() if "bf16" in name)
     assert able != ("emulating it is very slow" in result.stderr)
     *before, changed, last, val_loss = log(copy)
     assert before == log(whole) and last["step"] == val_loss["step"] == 45
