@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import tarfile
@@ -92,7 +93,9 @@ def regular(path):
 
 
 def run_main(main):
-    """Run a script's main(): a UserError is one line and exit code 2, what the machine refuses is 1, Ctrl-C is 130."""
+    """Run a script's main(): a UserError is one line and exit code 2, what the machine refuses is 1, Ctrl-C is 130.
+    SIGTERM is as Ctrl-C. Why: so that it leaves no half-written files either."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
             main()

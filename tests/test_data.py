@@ -2,9 +2,13 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import struct
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import call
+from conftest import Job, call
 from data import UserError, batch_indices, from_network, load_dataset, reading, to_network, to_picture
 
 DIGITS, GENERATOR = load_dataset("digits"), np.random.default_rng(0)
@@ -314,6 +318,22 @@ def test_a_bad_source_is_refused_in_one_line_that_names_it_and_nothing_is_left_b
     for name, content, message in bad_sources():
         line = refusal(write(tmp_path / name, content))
         assert message in line and name in line and not any(data.DATASETS.iterdir()), (name, line)
+
+
+def datasets_at(folder):
+    data.DATASETS = folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_it_leaves_nothing_behind(tmp_path, number):
+    source, folder = tmp_path / "many.npz", data.DATASETS
+    np.savez(source, np.zeros((10**6, 1, 1), np.uint8))
+    job = Job(["data.py", source], setup=partial(datasets_at, folder))
+    while not list(folder.glob(".making-*/many/images.npy")):
+        time.sleep(0.01)
+    os.kill(job.processes[0].pid, number)
+    result = job.finish()
+    assert result.returncode == [130] and result.stderr.endswith("interrupted\n") and not any(folder.iterdir())
 
 
 def test_a_set_that_is_there_is_replaced_only_if_asked(tmp_path):
