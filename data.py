@@ -93,9 +93,7 @@ def regular(path):
 
 
 def run_main(main):
-    """Run a script's main(): a UserError is one line and exit code 2, what the machine refuses is 1, Ctrl-C is 130.
-    SIGTERM is as Ctrl-C. Why: so that it leaves no half-written files either."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run a script's main(): a UserError is one line and exit code 2, what the machine refuses is 1, Ctrl-C is 130."""
     try:
         try:
             main()
@@ -644,6 +642,7 @@ def main():
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)               # it leaves no half-made set either
     path, named, changes = Path(args.source), args.source in DOWNLOADS, Counter()
     if not named and not (args.source and path.exists()):
         hint = "a prepared set is called so" if find_set(args.source) else f"names to download: {', '.join(DOWNLOADS)}"
