@@ -108,6 +108,7 @@ class DiTConfig(NetworkConfig):
     modulation: tuple[str, ...] = key(("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of "
                                       "rotate, scale, shift, gate (a plain block is always adaLN-Zero)",
                                       choices=Modulation.KINDS)
+    gain_rate: float = key(1.0, "factor on the learning rate of the gains of mp modulations", 0, 100)
 
     def __post_init__(self):
         super().__post_init__()
@@ -298,8 +299,6 @@ class DiT(nn.Module):
     null label. parts: functions that make input, block and output from a configuration, where a variant has its own;
     they also set the initial values."""
 
-    lr_scale = {}       # {parameter: factor on its learning rate}, where a variant wants another than 1
-
     def __init__(self, config, parts=None):
         super().__init__()
         if config.image_size < 1 or config.channels < 1 or config.num_classes < 0:
@@ -311,6 +310,14 @@ class DiT(nn.Module):
         self.output = Output(config)
         if config.block == "plain" and not parts:
             init_plain(self)
+
+    @property
+    def lr_scale(self):
+        """{parameter: factor on its learning rate}, where it may differ from 1. A variant may have others.
+        Why gains: nothing brings them back, and Adam moves them by about the whole rate in every step, however small
+        their gradient, so that at high rates the angles of some blocks wander off to several radians."""
+        gains = [part.gain for part in self.modules() if isinstance(part, Modulation) and part.sizes]
+        return dict.fromkeys(gains, self.config.gain_rate)
 
     def run_blocks(self, x, cond):
         """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). A variant overrides this; it should keep RMS 1."""

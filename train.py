@@ -310,9 +310,9 @@ def build(config, device, bfloat16=False):
     """The denoiser, its averages and its optimizer, at the start of training."""
     torch.manual_seed(config.seed)
     denoiser, groups = Denoiser(config.model).to(device), {}
-    denoiser.bfloat16 = bfloat16
+    denoiser.bfloat16, scales = bfloat16, denoiser.net.lr_scale
     for p in denoiser.parameters():
-        scale = denoiser.net.lr_scale.get(p, 1.0)
+        scale = scales.get(p, 1.0)
         groups.setdefault(scale, {"lr_scale": scale, "params": []})["params"].append(p)
     optimizer = torch.optim.Adam(list(groups.values()), betas=(0.9, 0.99), fused=True)
     return denoiser, PowerEMA(denoiser, config.ema_stds), optimizer

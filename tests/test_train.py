@@ -66,7 +66,8 @@ def test_latents_are_drawn_afresh_from_their_posterior():
 
 
 def test_a_step_takes_gradients_that_are_not_finite_as_zero_and_leaves_frozen_parameters_alone():
-    denoiser, _, optimizer = build(TrainConfig(model=TOY.for_data(8, 1, 10)), CPU)
+    model = dataclasses.replace(TOY.for_data(8, 1, 10), gain_rate=0.1)
+    denoiser, _, optimizer = build(TrainConfig(model=model), CPU)
     frozen, matrix = denoiser.net.input.label.weight, denoiser.net.blocks[0].attention.out.weight
     before, ratio = frozen.clone(), matrix[0, 0].item() / matrix[0, 1].item()
     for p in denoiser.parameters():
@@ -74,6 +75,7 @@ def test_a_step_takes_gradients_that_are_not_finite_as_zero_and_leaves_frozen_pa
     matrix.grad[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     optimizer_step(denoiser, optimizer, 0.05)
     assert denoiser.net.output.gain.item() == pytest.approx(-0.05)          # Adam's first step, whatever the gradient
+    torch.testing.assert_close(denoiser.net.blocks[0].modulation1.gain, torch.full((3,), -0.005))
     assert (matrix[0, 0] / matrix[0, 1]).item() == pytest.approx(ratio)     # neither moved, but for the row's length
     torch.testing.assert_close(frozen, before)
     torch.testing.assert_close(matrix.square().mean(1), torch.ones(16))

@@ -65,8 +65,9 @@ class MuDiT(DiT):
 
     @property
     def lr_scale(self):
-        rates = {module.weight: self.scale for module in self.modules() if isinstance(module, (nn.Linear, MPLinear))
-                 and module not in (self.input.patch, self.output.linear)}
+        rates = super().lr_scale
+        rates |= {module.weight: self.scale for module in self.modules() if isinstance(module, (nn.Linear, MPLinear))
+                  and module not in (self.input.patch, self.output.linear)}
         if self.config.block == "plain":                                    # undoes the multiplier for the bias
             rates[self.output.linear.bias] = self.growth
         return rates

@@ -111,7 +111,7 @@ class LongSkipDiT(DiT):
 
     @property
     def lr_scale(self):
-        return self.scales.lr_scale
+        return super().lr_scale | self.scales.lr_scale
 
     def join(self, i, x, skip):
         """Tokens and skip i, each (B, T, D) -> tokens (B, T, D)."""
