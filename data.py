@@ -642,7 +642,7 @@ def main():
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)               # it leaves no half-made set either
+    signal.signal(signal.SIGTERM, signal.default_int_handler)               # as Ctrl-C: no half-made set stays
     path, named, changes = Path(args.source), args.source in DOWNLOADS, Counter()
     if not named and not (args.source and path.exists()):
         hint = "a prepared set is called so" if find_set(args.source) else f"names to download: {', '.join(DOWNLOADS)}"

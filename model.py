@@ -108,7 +108,7 @@ class DiTConfig(NetworkConfig):
     modulation: tuple[str, ...] = key(("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of "
                                       "rotate, scale, shift, gate (a plain block is always adaLN-Zero)",
                                       choices=Modulation.KINDS)
-    gain_rate: float = key(1.0, "factor on the learning rate of the gains of mp modulations", 0, 100)
+    gain_rate: float = key(1.0, "factor on the learning rate of the gains of mp modulations", 1e-9, 100)
 
     def __post_init__(self):
         super().__post_init__()
@@ -313,9 +313,9 @@ class DiT(nn.Module):
 
     @property
     def lr_scale(self):
-        """{parameter: factor on its learning rate}, where it may differ from 1. A variant may have others.
-        Why gains: nothing brings them back, and Adam moves them by about the whole rate in every step, however small
-        their gradient, so that at high rates the angles of some blocks wander off to several radians."""
+        """{parameter: factor on its learning rate}, where it may differ from 1; a variant adds its own to these.
+        Why gains: nothing but their gradient holds them, and Adam's steps do not shrink with it; at high rates some
+        angles of wide or deep networks wander off by several radians (variants/README.md)."""
         gains = [part.gain for part in self.modules() if isinstance(part, Modulation) and part.sizes]
         return dict.fromkeys(gains, self.config.gain_rate)
 

@@ -413,14 +413,14 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         ema.update(denoiser, done)
         losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
 
-        # show progress; the time to compile, to validate and to write does not count
-        seconds = time.monotonic() - clock
+        # show progress; the time to compile, to validate and to write counts neither as spent nor as left
         if compiles and step == first:
-            show(f"the first step, which compiles the network, took {seconds:.0f} s")
+            show(f"the first step, which compiles the network, took {time.monotonic() - clock:.0f} s")
             clock, shown = time.monotonic(), done
-        elif "log" in tasks or seconds > 10:
-            rate = (done - shown) / seconds
-            show(f"step {done}/{config.steps}  loss {losses[0] / losses[1]:.4f}  {rate * config.batch:.0f} images/s  "
+        elif "log" in tasks or time.monotonic() - clock > 10:
+            mean = (losses[0] / losses[1]).item()                           # which waits for the GPU
+            rate = (done - shown) / (time.monotonic() - clock)
+            show(f"step {done}/{config.steps}  loss {mean:.4f}  {rate * config.batch:.0f} images/s  "
                  f"{timedelta(seconds=round((config.steps - done) / rate))} left", done == config.steps)
             clock, shown = time.monotonic(), done
 
@@ -434,7 +434,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         if not math.isfinite(latest):
             raise UserError("" if rank else f"the loss of step {done} is not finite; the last saved state is good, go "
                             "on from it with a lower learning rate")
-        val_loss = None
+        val_loss, begin = None, time.monotonic()
         if dataset.holdout and "val" in tasks:
             val_loss = validation_loss(narrowest, config, dataset.holdout, rank, processes)
         if rank == 0:
@@ -442,7 +442,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
                   [total / processes, count / processes], val_loss)
         if "log" in tasks:
             losses.zero_()
-        clock, shown = time.monotonic(), done
+        clock += time.monotonic() - begin
         if stop and done < config.steps:
             show(f"stopped after step {done}, saved; the same command goes on")
             leave_processes(processes, 128 + (asked or [signal.SIGTERM])[0])
