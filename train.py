@@ -247,6 +247,9 @@ def read_state(config, facts, denoiser, ema, optimizer):
         return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
 
     with reading(path):
+        parts = ("", config), ("model.", config.model)
+        defaults = {f"{prefix}{f.name}": f.default for prefix, part in parts for f in fields(part)}
+        state["config"] = defaults | state["config"]                        # for keys that are newer than the run
         wrong = differences(state["config"], flatten(config), RESUMABLE)
         other = [name for name, sha in facts["hashes"].items() if state["data"]["hashes"][name] != sha]
         if wrong or other:

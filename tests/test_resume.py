@@ -16,7 +16,7 @@ import torch
 import train
 from conftest import ROOT, Job, call, make_set
 from data import load_dataset
-from ema import digest, load_file
+from ema import digest, load_file, save_file
 from test_end_to_end import TINY, done, log, same_losses
 
 FUZZ_ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 20))                        # of each kind of file
@@ -78,6 +78,15 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_the_same(tmp_path, proces
     for folder in (killed, tmp_path / "whole"):
         assert Job(*[[*command, f"--out={folder}"]] * processes).finish(600).returncode == [0] * processes
     assert same_run(killed, tmp_path / "whole") and not list(killed.rglob("*.writing"))
+
+
+def test_a_key_that_is_newer_than_the_run_has_its_default(whole, copy):
+    state = load_file(copy / "state.pt")
+    del state["sha256"], state["config"]["model.gain_rate"], state["config"]["flip"]
+    save_file(copy / "state.pt", state)
+    assert_refused(call(*words(copy, 45, "--model.gain_rate=0.5")), "model.gain_rate = 1.0, not 0.5")
+    done(*words(copy, 45))
+    assert log(copy)[:-3] == log(whole) and log(copy)[-3] == {"step": 40, "changed": "steps = 40, not 45"}
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
