@@ -247,9 +247,8 @@ def read_state(config, facts, denoiser, ema, optimizer):
         return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
 
     with reading(path):
-        parts = ("", config), ("model.", config.model)
-        defaults = {f"{prefix}{f.name}": f.default for prefix, part in parts for f in fields(part)}
-        state["config"] = defaults | state["config"]                        # for keys that are newer than the run
+        # a key that is newer than the run has its default
+        state["config"] = flatten(TrainConfig(model=type(config.model)())) | state["config"]
         wrong = differences(state["config"], flatten(config), RESUMABLE)
         other = [name for name, sha in facts["hashes"].items() if state["data"]["hashes"][name] != sha]
         if wrong or other:

@@ -35,7 +35,8 @@ def turned(x, theta):
 def test_normalize_divides_by_the_rms_at_any_scale_in_float32_inside():
     x = torch.randn(50, 64) * torch.logspace(-6, 4, 50)[:, None]
     close(normalize(x).double(), x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-8).sqrt())
-    close(normalize(x.bfloat16()), normalize(x.bfloat16().float()).bfloat16(), rtol=2**-7, atol=0)
+    ulp = 2**-7 if torch.__version__ < "2.7" else 2**-8                     # torch 2.6 rounds once more
+    close(normalize(x.bfloat16()), normalize(x.bfloat16().float()).bfloat16(), rtol=ulp, atol=0)
     assert not normalize(torch.zeros(3, 8)).any()
 
 
