@@ -201,8 +201,8 @@ def describe(facts):
 
 def differences(theirs, ours, leave_out=()):
     """In one line, what differs between two dicts: "seed = 0, not 1; ..."; empty if nothing does."""
-    return "; ".join(f"{name} = {theirs.get(name)!r}, not {value!r}" for name, value in ours.items()
-                     if name not in leave_out and theirs.get(name) != value)[:1000]
+    return "; ".join(f"{name} = {theirs.get(name)!r}, not {ours.get(name)!r}" for name in theirs | ours
+                     if name not in leave_out and theirs.get(name) != ours.get(name))[:1000]
 
 
 @lru_cache(maxsize=2)
@@ -407,7 +407,8 @@ class Pictures:
             if not name.lower().endswith(".npy"):
                 return from_picture(Image.open(content), self.changes)
             latent = np.load(content, allow_pickle=False)
-            if latent.dtype != np.float32 or latent.ndim != 3 or len(latent) % 2 or not np.isfinite(latent).all():
+            if (latent.dtype != np.float32 or latent.ndim != 3 or len(latent) % 2 or not np.isfinite(latent).all()
+                    or latent[len(latent) // 2:].min() < 0):                # as logarithms of variances are
                 raise ValueError("must be float32 (2C, S, S), mean and standard deviation of a VAE's posterior")
             return latent
 
@@ -606,7 +607,8 @@ def contact_sheet(dataset):
 
 def write_set(folder, source, made, changes):
     """Write a Source as a set into `folder`, prepared as `made` says; `changes` counts what was done to its images."""
-    with open(folder / "images.npy", "wb") as train, open(folder / "holdout-images.npy", "wb") as holdout:
+    with (open(folder / "images.npy", "wb", 2**20) as train,                # large buffers: tiny images come fast
+          open(folder / "holdout-images.npy", "wb", 2**20) as holdout):
         numbers = write_images((train, holdout), source, made, changes)
     pixels = hashlib.sha256()
     for part, prefix in zip(numbers, ("", "holdout-")):
@@ -645,7 +647,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)               # as Ctrl-C: no half-made set stays
     path, named, changes = Path(args.source), args.source in DOWNLOADS, Counter()
     if not named and not (args.source and path.exists()):
-        hint = "a prepared set is called so" if find_set(args.source) else f"names to download: {', '.join(DOWNLOADS)}"
+        hint = "a set of that name is ready" if find_set(args.source) else f"names to download: {', '.join(DOWNLOADS)}"
         raise UserError(f"{args.source}: there is no such file; {hint}")
     if named and path.exists():
         raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")

@@ -251,7 +251,7 @@ def compare(a, b, names):
 
 def dataset_of(run):
     """Name of the dataset that a run directory was trained on."""
-    with reading(f"{run}/config.toml"):
+    with reading(f"{run} is no run directory, or its config.toml is damaged"):
         return tomllib.loads(regular(Path(run) / "config.toml").read_text(encoding="utf-8"))["dataset"]
 
 
@@ -314,8 +314,10 @@ def main():
         print(f"{compare(first, measure(1), names):.6g}")
     else:
         points = []
-        for std in args.std:                                                # not all at once: they may not fit a GPU
-            sources[1] = open_run(names[1], args, device, std)
+        for i, std in enumerate(args.std):
+            if i:                                                           # one at a time: two may not fit a GPU
+                sources[1] = runs = None
+                sources[1] = open_run(names[1], args, device, std)
             points.append((std, compare(measure(1), first, names[::-1])))
             print(f"EMA width {std:0<5}  distance {points[-1][1]:.6g}", flush=True)
         print(f"best: EMA width {min(points, key=lambda point: point[1])[0]:0<5}")

@@ -170,7 +170,8 @@ class Modulation(nn.Module):
 @torch.no_grad()
 def force_weight_normalization(model):
     """Put every row of the MPLinear and MPEmbedding weights in `model` back to RMS 1, in place [EDM2, Eq. 66].
-    Call it after every optimizer step. Why: a step perpendicular to a row lengthens the row, and the longer it is, the
+    Call it after every optimizer step. Uses: MPLinear, MPEmbedding; another layer with such rows must be one of these,
+    or be added here. Why: a step perpendicular to a row lengthens the row, and the longer it is, the
     less the next step turns it. With rows of one length, the learning rate schedule alone sets how fast they turn."""
     for module in model.modules():
         if isinstance(module, (MPLinear, MPEmbedding)):

@@ -346,10 +346,10 @@ class Denoiser(nn.Module):
 
     forward(x, sigma, labels=None): noisy images (B, C, S, S) whose clean part has standard deviation 0.5, noise levels
     () or (B,), labels (B,) int64, None or num_classes for unconditional -> denoised images (B, C, S, S), float32.
-    Why: the network always sees and predicts unit variance, whatever the noise level. bfloat16: whether its matrix
+    Why: the network always sees and predicts unit variance, whatever the noise level. in_bfloat16: whether its matrix
     products use bfloat16; the residual stream, modulation values and all around the network stay in float32."""
 
-    sigma_data, bfloat16 = 0.5, False
+    sigma_data, in_bfloat16 = 0.5, False
 
     def __init__(self, config):
         super().__init__()
@@ -364,7 +364,7 @@ class Denoiser(nn.Module):
         s = sigma.view(-1, 1, 1, 1)
         norm = (s**2 + self.sigma_data**2).sqrt()
         c_skip, c_out, c_in = (self.sigma_data / norm) ** 2, s * self.sigma_data / norm, 1 / norm
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             out = self.net(c_in * x, sigma.log() / 4, labels)
         return c_skip * x + c_out * out.float()
 

@@ -129,7 +129,7 @@ def newest_run(folder="out"):
 
 
 def load_denoiser(path, device, std=None):
-    """The denoiser in a snapshot file, or of EMA width `std` (None: the widest) at the last step of a run directory, in
+    """The denoiser in a snapshot file, or of EMA width `std` (None: the widest) in a run directory, its last one, in
     eval mode, and the facts of its dataset. Widths that were not tracked are reconstructed. Raises UserError."""
     path = Path(path)
     with reading(path):
@@ -142,16 +142,17 @@ def load_denoiser(path, device, std=None):
             raise ValueError("is one snapshot; to choose an EMA width, name the run directory")
         else:
             snapshot = load_file(path)
+        if "info" not in snapshot:
+            raise ValueError("is not a snapshot")
         facts = snapshot["info"]["data"]
         config = config_class(snapshot["info"]["variant"])(**snapshot["info"]["model"])
-        with torch.device("meta"):                                          # a misfit fails before memory is taken
-            Denoiser(config).load_state_dict(snapshot["weights"], assign=True)
-        denoiser = Denoiser(config)
-        denoiser.load_state_dict(snapshot["weights"])
         if not config.num_classes:                                          # of an unconditional run on labelled images
             facts |= {"classes": [], "counts": [sum(facts["counts"])]}
         if len(facts["classes"]) != config.num_classes or not np.isfinite(facts["mean"] + facts["std"]).all():
             raise ValueError("its facts about the data do not fit the network, or are not finite")
+    with reading(path, (ValueError, RuntimeError)):                         # a variant's own code runs here
+        denoiser = Denoiser(config)
+        denoiser.load_state_dict(snapshot["weights"])
     return denoiser.to(device).eval(), facts
 
 
@@ -181,7 +182,7 @@ def check_guidance(config, facts, guidance, guide=None, guide_facts=None):
             if theirs[name] != ours[name]:
                 raise UserError(f"--guide: was trained on images with {name} = {theirs[name]}, not {ours[name]}")
     elif guidance != 1 and not (config.num_classes and config.label_dropout):
-        raise UserError("--guidance: the run has no labels, or never saw a null label; name a weaker run with --guide")
+        raise UserError("--guidance: the run has no labels, or never saw a null label; sample.py takes --guide")
 
 
 def join_processes():
@@ -289,7 +290,7 @@ def main():
             guide, guide_facts = load_denoiser(args.guide or run, device, args.guide_ema)
         check_guidance(config, facts, args.guidance, guide, guide_facts)
         for network in filter(None, (denoiser, guide)):
-            network.bfloat16 = use_bfloat16(args.precision, device)
+            network.in_bfloat16 = use_bfloat16(args.precision, device)
             if args.compile:
                 check_compiler(device)
                 network.net.compile()
@@ -304,6 +305,7 @@ def main():
                 (not (grid or npz or folder), f"--out: {out} must end in .png or .npz, or have no suffix: a directory"),
                 (args.gif and (not grid or facts["latent"]), "--gif: goes with a grid of pixels"),
                 (args.guidance_interval[0] >= args.guidance_interval[1], "--guidance-interval: LO must be below HI"),
+                (args.guidance_interval != (0, 1e6) and args.guidance == 1, "--guidance-interval: needs --guidance"),
                 (total > 10**8, f"--columns: makes {total:,} images, more than 10**8"),
                 (grid and pixels > 10**8, f"--columns: {total:,} images are too many for a grid; use --out=FILE.npz"),
                 (folder and any(out.glob("*.png")), f"--out: {out} holds images already, which these would mix with")):

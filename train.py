@@ -91,7 +91,8 @@ def add_options(parser, Class, prefix=""):
     keys = {f"{prefix}{f.name}": f for f in fields(Class) if f.metadata}
     for name, f in keys.items():
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=f"{f.metadata['doc']} [{default}]")
+        text = f"{f.metadata['doc']} [{default}]".replace("%", "%%")         # which argparse would format
+        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
     return keys
 
 
@@ -104,7 +105,10 @@ def load_config(argv):
     if first.config:
         with reading(first.config):
             table = tomllib.loads(regular(first.config).read_text(encoding="utf-8-sig"))
-            table |= {f"model.{name}": value for name, value in table.pop("model", {}).items()}
+            model = table.pop("model", {})
+            if not isinstance(model, dict):
+                raise ValueError("model must be a table, [model]")
+            table |= {f"model.{name}": value for name, value in model.items()}
     with reading("--variant" if "variant" in first else first.config, ValueError):
         Model = config_class(getattr(first, "variant", table.get("variant", "")))
     keys |= add_options(parser, Model, "model.")                            # a variant has more of them
@@ -113,11 +117,11 @@ def load_config(argv):
 
     unknown = [word.split("=")[0] for word in unknown]
     for name in (*unknown, *(table.keys() - keys.keys())):
-        known = {key.split(".")[-1]: key for key in ("config", *keys)}      # the right key may be in the other table
+        known = {full.split(".")[-1]: full for full in ("config", *keys)}   # the right key may be in the other table
         near = [known[last] for last in difflib.get_close_matches(name.lstrip("-").split(".")[-1], known)]
         near = [f"config={name}"] if name.endswith(".toml") else near
-        near = [f"--{key}" if name in unknown else key for key in near]
-        hint = f"did you mean {near[0]!r}?" if near else "see --help"
+        near = [f"--{full}" if name in unknown else full for full in near]
+        hint = f"did you mean {near[0]!r}?" if near else "see --help; keys of a variant need --variant=NAME"
         raise UserError(f"{'' if name in unknown else f'{first.config}: '}{name[:300]}: unknown key; {hint}")
     for where, values in ((first.config, table), ("command line", given)):
         with reading(where):
@@ -190,7 +194,7 @@ def validation_loss(denoiser, config, dataset, rank=0, processes=1):
     every step make a training loss too noisy to compare two runs by."""
     device, errors = next(denoiser.parameters()).device, []
     order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
-    bfloat16, denoiser.bfloat16 = denoiser.bfloat16, False
+    bfloat16, denoiser.in_bfloat16 = denoiser.in_bfloat16, False
     for part in range(rank, 40, processes):
         pairs, generator = np.arange(50 * part, 50 * (part + 1)), torch.Generator().manual_seed(part)
         cdf = (order[pairs] + torch.rand(50, generator=generator, dtype=torch.float64)) / 2000
@@ -199,7 +203,7 @@ def validation_loss(denoiser, config, dataset, rank=0, processes=1):
         (images, labels), = dataset.feed([pairs * len(dataset) // 2000], device)
         batch = prepare_batch(config, dataset.facts, images, labels, draws, slice(None))
         errors.append(edm2_loss(denoiser, torch.zeros_like, *batch).item())
-    denoiser.bfloat16 = bfloat16
+    denoiser.in_bfloat16 = bfloat16
     return sum_over_processes([sum(errors)], processes)[0] / 40
 
 
@@ -247,8 +251,10 @@ def read_state(config, facts, denoiser, ema, optimizer):
         return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
 
     with reading(path):
-        # a key that is newer than the run has its default
-        state["config"] = flatten(TrainConfig(model=type(config.model)())) | state["config"]
+        # a key that is newer than the run has its default, which may follow from keys that the run has
+        model = {name: state["config"].get(f"model.{name}") for name in asdict(config.model)}
+        model = type(config.model)(**{name: value for name, value in model.items() if value is not None})
+        state["config"] = flatten(TrainConfig(model=model)) | state["config"]
         wrong = differences(state["config"], flatten(config), RESUMABLE)
         other = [name for name, sha in facts["hashes"].items() if state["data"]["hashes"][name] != sha]
         if wrong or other:
@@ -289,7 +295,7 @@ def prepare_run(config, state):
         lines = [line for line, values in lines if values["step"] + ("changed" in values) <= step]
     with atomic_file(out / "log.jsonl") as file:
         file.write("".join(lines).encode())
-    if changed := differences(state["config"], flatten(config), LOCAL):
+    if changed := differences(flatten(config), state["config"], LOCAL):
         log(out, {"step": step, "changed": changed})
         print(f"changed since the last training: {changed}", flush=True)
 
@@ -312,7 +318,7 @@ def build(config, device, bfloat16=False):
     """The denoiser, its averages and its optimizer, at the start of training."""
     torch.manual_seed(config.seed)
     denoiser, groups = Denoiser(config.model).to(device), {}
-    denoiser.bfloat16, scales = bfloat16, denoiser.net.lr_scale
+    denoiser.in_bfloat16, scales = bfloat16, denoiser.net.lr_scale
     for p in denoiser.parameters():
         scale = scales.get(p, 1.0)
         groups.setdefault(scale, {"lr_scale": scale, "params": []})["params"].append(p)
@@ -393,7 +399,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     compiles = config.compile == "true" or config.compile == "auto" and device.type == "cuda"
     if compiles:
         denoiser.net.compile()
-    losses = torch.tensor(state["losses"], device=device)                   # sum and count since the last log line
+    losses = torch.tensor([*state["losses"], 0.0], device=device)           # since the last log line: see below
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
 
     for step in range(first, config.steps):
@@ -404,16 +410,18 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             images, labels, sigma, noise = prepare_batch(config, facts, *next(batches), draws, part)
             if processes > 1:                                               # sum gradients over processes only once
                 model.require_backward_grad_sync = part is parts[-1]
-            loss = edm2_loss(model, denoiser.uncertainty, images, labels, sigma, noise) / len(parts)
             number = 2**31 + (step * config.batch + part.start) // micro     # draw_step() has those below
             generator = make_generator(config, number, device)
+            torch.manual_seed(generator.initial_seed())                     # for a variant's dropout and the like
+            loss = edm2_loss(model, denoiser.uncertainty, images, labels, sigma, noise) / len(parts)
             extra = denoiser.net.extra_loss(narrowest, images, generator) / len(parts)
-            ((loss + extra) * images[0].numel()).backward()                 # a sum over channels and pixels, as EDM2's
+            ((loss + extra) * images[0].numel()).backward()                 # a sum, as EDM2 has it: Adam's eps minds
             loss_step += loss.detach()
 
         optimizer_step(denoiser, optimizer, learning_rate(step, config))
         ema.update(denoiser, done)
-        losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), loss_step.isfinite().float()])
+        finite = loss_step.isfinite().float()
+        losses += torch.stack([loss_step.nan_to_num(0.0, 0.0, 0.0), finite, 1 - finite])
 
         # show progress; the time to compile, to validate and to write counts neither as spent nor as left
         if compiles and step == first:
@@ -421,7 +429,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             clock, shown = time.monotonic(), done
         elif "log" in tasks or time.monotonic() - clock > 10:
             mean = (losses[0] / losses[1]).item()                           # which waits for the GPU
-            rate = (done - shown) / (time.monotonic() - clock)
+            rate = (done - shown) / max(time.monotonic() - clock, 1e-9)     # clocks can be coarse
             show(f"step {done}/{config.steps}  loss {mean:.4f}  {rate * config.batch:.0f} images/s  "
                  f"{timedelta(seconds=round((config.steps - done) / rate))} left", done == config.steps)
             clock, shown = time.monotonic(), done
@@ -432,17 +440,20 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             tasks.add("save")
         if not tasks:
             continue
-        total, count, latest = sum_over_processes([*losses.tolist(), loss_step.item()], processes)
+        total, count, skipped, latest = sum_over_processes([*losses.tolist(), loss_step.item()], processes)
         if not math.isfinite(latest):
             raise UserError("" if rank else f"the loss of step {done} is not finite; the last saved state is good, go "
                             "on from it with a lower learning rate")
         val_loss, begin = None, time.monotonic()
         if dataset.holdout and "val" in tasks:
             val_loss = validation_loss(narrowest, config, dataset.holdout, rank, processes)
-        if rank == 0:
-            write(tasks, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
-                  [total / processes, count / processes], val_loss)
+        with together(processes):
+            if rank == 0:
+                write(tasks, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
+                      [total / processes, count / processes], val_loss)
         if "log" in tasks:
+            if skipped:
+                say(f"warning: up to step {done}, {skipped:.0f} losses were not finite; their gradients count as 0")
             losses.zero_()
         clock += time.monotonic() - begin
         if stop and done < config.steps:

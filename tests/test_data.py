@@ -164,7 +164,7 @@ def good_sources(folder):
     yield write(folder / "array-folders", split), COLOUR, three, 2
     files = {f"{('Train', 'Train', 'valid')[i // 2]}/all/{'ab'[i % 2]}/{i}.jfif": png(x) for i, x in enumerate(GREY)}
     yield write(folder / "splits", files), GREY[[0, 2, 1, 3, 4, 5]], [*"aabbab"], 2, "Train, valid are splits"
-    latents = GENERATOR.normal(size=(6, 8, 4, 4)).astype(np.float32)
+    latents = abs(GENERATOR.normal(size=(6, 8, 4, 4))).astype(np.float32)
     files = {f"img-mean-std-{i}.npy": saved(np.save, latent) for i, latent in enumerate(latents)}
     yield write(folder / "latents.zip", files), latents, [], 0, "6 latents, ", "4x4, channels: 4"
 
@@ -308,6 +308,7 @@ def bad_sources():
     yield "train", classes | {"train/0.png": files["0.png"]}, "has a folder train: if it is a split"
     yield "cifar-10-batches-py", {"data_batch_1": b"", "test_batch": b""}, "binary archive: python data.py cifar10"
     yield "nan.zip", {"a.npy": saved(np.save, np.full((8, 4, 4), np.nan, np.float32))}, "a.npy: must be float32"
+    yield "logs.zip", {"a.npy": saved(np.save, np.full((8, 4, 4), -9, np.float32))}, "a.npy: must be float32"
     yield "code.zip", {"a.npy": saved(np.save, np.array([{}]))}, "a.npy: Object arrays cannot be loaded"
     yield "both.zip", files | {"a.npy": b""}, "both pictures and .npy latents"
     yield "nothing", {"a.txt": b""}, "it holds no images of a kind"

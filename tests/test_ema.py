@@ -82,7 +82,7 @@ def plain(value):
 
 def test_a_damaged_or_foreign_file_is_refused_in_one_line_or_is_what_was_saved(tmp_path):
     path, flips = tmp_path / "a.pt", random.Random(0)
-    weights = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(3).bfloat16(), "number": torch.tensor(7)}
+    weights = {"w": torch.arange(6.0).view(3, 2).T, "half": torch.ones(3).bfloat16(), "number": torch.tensor(7)}
     saved = {"step": 3, "names": ["a", "b"], "rate": 0.1, "none": None, "weights": weights}
     save_file(path, saved)
     whole, good = path.read_bytes(), torch.load(path, weights_only=True)
@@ -98,10 +98,11 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line_or_is_what_was_saved(t
     places = [(flips.randrange(len(whole)), 1 << flips.randrange(8)) for _ in range(60)]
     flipped = [whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:] for at, bit in places]
     assert refusal(whole) is None and sum(refusal(content) is not None for content in flipped) > 10
-    reshaped = weights | {"w": weights["w"].view(3, 2)}
+    reshaped = weights | {"w": weights["w"].reshape(3, 2)}
     for content, message in ((whole[:-200], "damaged"), (b"", "damaged"), ([1], "damaged"), ({"code": path}, "damaged"),
                              ({"weights": {}}, "another version"), (good | {"format": 99}, "another version"),
-                             (good | {"step": 3.0}, "SHA-256"), (good | {"weights": reshaped}, "SHA-256")):
+                             (good | {"step": 3.0}, "SHA-256"), (good | {"weights": reshaped}, "SHA-256"),
+                             (good | {"weights": weights | {"w": torch.ones(1).expand(9)}}, "larger than its storage")):
         assert message in refusal(content)
 
 

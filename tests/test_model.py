@@ -125,9 +125,9 @@ def test_plain_block_is_adaln_zero_around_torchs_attention_and_starts_as_the_ide
     names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
     reference.load_state_dict(dict(zip(names, weights.values())))
     scale1, shift1, gate1, scale2, shift2, gate2 = block.modulation(cond).view(2, 6, 1, 32).unbind(1)
-    a = F.layer_norm(x, (32,)) * (1 + scale1) + shift1
+    a = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale1) + shift1
     h = x + gate1 * reference(a, a, a)[0]
-    a = F.layer_norm(h, (32,)) * (1 + scale2) + shift2
+    a = F.layer_norm(h, (32,), eps=1e-6) * (1 + scale2) + shift2
     h = h + gate2 * block.mlp[2](F.gelu(block.mlp[0](a), approximate="tanh"))
     close(block(x, cond), h, rtol=1e-4, atol=1e-4)
 

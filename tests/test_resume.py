@@ -83,10 +83,13 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_the_same(tmp_path, proces
 def test_a_key_that_is_newer_than_the_run_has_its_default(whole, copy):
     state = load_file(copy / "state.pt")
     del state["sha256"], state["config"]["model.gain_rate"], state["config"]["flip"]
+    del state["config"]["model.residual_t"]                                 # whose default follows from the depth
+    save_file(copy / "state.pt", state | {"config": state["config"] | {"later": 7}})
+    assert_refused(call(*words(copy, 45)), "was trained with later = 7, not None")
     save_file(copy / "state.pt", state)
     assert_refused(call(*words(copy, 45, "--model.gain_rate=0.5")), "model.gain_rate = 1.0, not 0.5")
     done(*words(copy, 45))
-    assert log(copy)[:-3] == log(whole) and log(copy)[-3] == {"step": 40, "changed": "steps = 40, not 45"}
+    assert log(copy)[:-3] == log(whole) and log(copy)[-3] == {"step": 40, "changed": "steps = 45, not 40"}
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
@@ -143,15 +146,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_written(copy, 
     assert state["step"] == 42 and state["losses"][1] == 1 and state["weights"]["net.output.gain"].isfinite()
 
 
-@pytest.mark.parametrize("lost", ["lock", "."])
-def test_a_training_has_its_run_for_itself_ends_if_that_is_lost_and_locks_no_other_file(tmp_path, lost):
+@pytest.mark.parametrize("lost, processes", [("lock", 1), (".", 1), (".", 2)])
+def test_a_training_has_its_run_for_itself_ends_if_that_is_lost_and_locks_no_other_file(tmp_path, lost, processes):
     folder = tmp_path / "run"
-    job = Job(words(folder, 40000))
+    job = Job(*[words(folder, 40000)] * processes)
     wait_for_step(folder, 5)
     assert_refused(Job(words(folder, 40000)).finish(), f"out: {folder} is in use by another training")
     assert job.processes[0].is_alive()
     (folder / lost).rename(tmp_path / "moved")
-    assert_refused(job.finish(), str(folder), code=1)
+    result = job.finish()
+    assert result.returncode == ([1] if processes == 1 else [2, 2]) and result.stderr.count("\n") == 1, result.stderr
+    assert str(folder) in result.stderr
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     assert_refused(call(*words(tmp_path, 1)), str(tmp_path / "lock"), code=1)
 
@@ -196,7 +201,7 @@ def test_another_experiment_is_refused_and_a_change_that_may_be_is_noted(whole, 
     *before, changed, last, val_loss = log(copy)
     assert before == log(whole) and last["step"] == val_loss["step"] == 45
     assert last["learning_rate"] < before[-2]["learning_rate"] / 10
-    said = "steps = 40, not 45", "learning_rate = 0.03, not 0.001", "precision = 'auto', not 'bfloat16'"
+    said = "steps = 45, not 40", "learning_rate = 0.001, not 0.03", "precision = 'bfloat16', not 'auto'"
     assert changed["step"] == 40 and all(text in changed["changed"] for text in said)
 
 

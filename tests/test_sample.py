@@ -125,13 +125,16 @@ def test_what_is_no_run_or_snapshot_of_a_denoiser_is_one_line_that_names_it(tmp_
     config, path = vars(MAIN.net.config), save_run(tmp_path, MAIN)
     whole = {name: value for name, value in load_file(path).items() if name != "sha256"}
     weights = {name: weight for name, weight in whole["weights"].items() if not name.endswith("up.weight")}
-    infos = ({"model": {}}, {"model": config | {"width": 10**4}}, {"model": config | {"depth": "x"}}, {"variant": "os"},
+    infos = ({"model": {}}, {"model": config | {"width": 10**3}}, {"model": config | {"depth": "x"}}, {"variant": "os"},
              {"model": config | {"new": 1}}, {"data": {}}, {"data": FACTS | {"std": [float("nan")]}},
              {"data": FACTS | {"classes": ["ant"]}})
     for change in ({"weights": weights}, *({"info": whole["info"] | info} for info in infos)):
         save_file(path, whole | change)
         with pytest.raises(UserError, match=f"^[^\n]*{path.name}[^\n]*$"):
             load_denoiser(path, CPU)
+    save_file(path, {"step": 3})
+    with pytest.raises(UserError, match=f"{path.name}: is not a snapshot"):
+        load_denoiser(path, CPU)
     with pytest.raises(UserError, match=f"{path.name}: is one snapshot; to choose an EMA width, name the run"):
         load_denoiser(path, CPU, 0.05)
 

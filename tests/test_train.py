@@ -102,13 +102,13 @@ def test_val_loss_is_the_weighted_error_on_the_held_out_images_whatever_the_run_
     skip = 0.25 / (s2 + 0.25)
     expected = ((s2 + 0.25) / (0.25 * s2) * ((1 - skip) ** 2 * variance + skip**2 * s2)).mean().item()
     value = validation_loss(denoiser, config, DIGITS.holdout)
-    assert value == pytest.approx(expected, rel=0.02) and denoiser.bfloat16
+    assert value == pytest.approx(expected, rel=0.02) and denoiser.in_bfloat16
     other = TrainConfig(seed=9, p_mean=2.0, flip=True, batch=7, model=dataclasses.replace(config.model, block="plain"))
     assert validation_loss(build(other, CPU)[0], other, DIGITS.holdout) == pytest.approx(value, rel=1e-6)
     for name, parameter in denoiser.named_parameters():                     # now the network and the labels matter
         parameter.data += 0.3 * name.endswith("gain")
     changed = validation_loss(denoiser, config, DIGITS.holdout)
-    denoiser.bfloat16 = False
+    denoiser.in_bfloat16 = False
     assert validation_loss(denoiser, config, DIGITS.holdout) == changed > 1.01 * value
     others = dataclasses.replace(DIGITS.holdout, labels=9 - DIGITS.holdout.labels)
     assert validation_loss(denoiser, config, others) != changed
@@ -133,7 +133,7 @@ def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_
     ("--config=nowhere.toml", "nowhere.toml: there is no such file"),
     ("--learning=10", "--learning: unknown key; did you mean '--learning_rate'?"),          # not an abbreviation
     ("--seed=1 digits.toml", "digits.toml: unknown key; did you mean '--config=digits.toml'?"),
-    ("--xyzzy=1", "--xyzzy: unknown key; see --help"),
+    ("--xyzzy=1", "--xyzzy: unknown key; see --help; keys of a variant need --variant=NAME"),
     ("--model.channels=3", "channels: 3, but the dataset has 1"),
     ("--batch=64 --micro_batch=7", "batch: 64 must split evenly"),
     ("--dataset=digit", "dataset: there is no 'digit'"),

@@ -197,14 +197,15 @@ def convolved(layer, x):
     return F.conv2d(x, kernels.permute(0, 3, 1, 2), padding=1)
 
 
-@pytest.mark.parametrize("kind, resample", [("encoder", None), ("encoder", unet.half), ("decoder", unet.double)])
+@pytest.mark.parametrize("kind, resample",
+                         [("encoder", None), ("encoder", unet.downsample), ("decoder", unet.upsample)])
 def test_a_unet_block_is_the_papers_figure_with_torchs_convolutions(kind, resample):
     block, x, cond = unet.Block(kind, 8, 16, 32, resample, attention=True), torch.randn(3, 6, 6, 8), COND
     awake(block)
     scale = block.gain * cond @ F.normalize(block.scale.weight, dim=1).T
     h = x.permute(0, 3, 1, 2)
     if resample:
-        h = F.avg_pool2d(h, 2) if resample is unet.half else F.interpolate(h, scale_factor=2)
+        h = F.avg_pool2d(h, 2) if resample is unet.downsample else F.interpolate(h, scale_factor=2)
     main = F.conv2d(h, F.normalize(block.main.weight, dim=1)[..., None, None])
     if kind == "encoder":
         main = main / main.square().mean(1, keepdim=True).sqrt()
@@ -343,6 +344,39 @@ def test_the_variant_in_the_readme_works(tmp_path, monkeypatch):
     assert torch.equal(net.run_blocks(TOKENS, COND), x)
 
 
+def test_a_variant_may_draw_random_numbers_and_read_values_while_it_is_built(tmp_path, monkeypatch):
+    (tmp_path / "variants").mkdir()
+    (tmp_path / "variants" / "dropout.py").write_text("""
+from dataclasses import dataclass
+import torch
+from model import DiT, DiTConfig, key
+
+@dataclass
+class Config(DiTConfig):
+    drop: float = key(0.5, "share of tokens to drop, 0.5 is 50%", 0, 1)
+
+    def network(self):
+        return Dropout(self)
+
+class Dropout(DiT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = [rate.item() for rate in torch.linspace(0, config.drop, config.depth)]
+
+    def run_blocks(self, x, cond):
+        for block, rate in zip(self.blocks, self.rates):
+            x = torch.nn.functional.dropout(block(x, cond), rate, self.training)
+        return x
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "0.5 is 50% [0.5]" in done("train.py", "--help", "--variant=dropout").stdout
+    for name, steps in (("whole", 4), ("run", 3), ("run", 4)):
+        done("train.py", *TINY, "--variant=dropout", f"--steps={steps}", f"--out={tmp_path / name}")
+    whole, run = (load_file(tmp_path / name / "state.pt") for name in ("whole", "run"))
+    assert digest(run["weights"]) == digest(whole["weights"])
+    assert load_denoiser(tmp_path / "run", CPU)[0].net.rates[-1] == 0.5
+
+
 def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys):
     runs = [(0.5, "mp", 1.0), (0.5, "mp", 3.0), (2.0, "mp", 5.0), (2.0, "plain", 7.0), (4.0, "mp", "NaN")]
     for number, (rate, block, value) in enumerate(runs):
@@ -364,7 +398,7 @@ def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys):
 
 
 def test_the_commands_of_variants_print_their_tables_and_draw_their_plots(tmp_path):
-    done("train.py", *TINY, "--variant=ddae", "--steps=3", f"--out={tmp_path}")
+    done("train.py", *TINY, "--variant=ddae", "--model.num_classes=0", "--steps=3", f"--out={tmp_path}")
     accuracies = done("variants.ddae", tmp_path, "--sigma", 0.2).stdout.splitlines()[2].split()[1:]
     assert len(accuracies) == 2 and all(10 < float(value.rstrip("%")) < 100 for value in accuracies)
     deviations = done("variants.scalelong", tmp_path, "--after", 0).stdout.splitlines()[2].split()[1:]

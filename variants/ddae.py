@@ -181,7 +181,8 @@ def main():
     denoiser, facts = load_denoiser(run, device, args.ema)
     name = dataset_of(run)
     dataset = load_dataset(name)
-    if len(facts["classes"]) < 2 or dataset.facts["latent"]:
+    classes = len(dataset.facts["classes"])                                 # the run's facts have none, if it had none
+    if classes < 2 or dataset.facts["latent"]:
         raise UserError(f"{name} has no labels to probe for, or holds latents")
     (images, labels), = dataset.feed([epoch_order(len(dataset), 0, 0)[:args.images]], device)
     held_out = torch.arange(len(images), device=device) % 5 == 0
@@ -189,7 +190,7 @@ def main():
     print("sigma".ljust(8) + "".join(f"block {i + 1}".rjust(10) for i in range(len(denoiser.net.blocks))))
     for sigma in args.sigma:
         features = block_features(denoiser, to_network(images, facts), sigma)
-        accuracies = [probe(x, labels, held_out, len(facts["classes"])) for x in features]
+        accuracies = [probe(x, labels, held_out, classes) for x in features]
         print(f"{sigma:<8g}" + "".join(f"{accuracy:10.1%}" for accuracy in accuracies), flush=True)
 
 

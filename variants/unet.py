@@ -58,19 +58,19 @@ class MPConv(MPLinear):
         return F.conv2d(x.permute(0, 3, 1, 2), kernels, padding=1).permute(0, 2, 3, 1)
 
 
-def half(x):
+def downsample(x):
     """Means of 2×2 pixels, (B, S, S, C) -> (B, S/2, S/2, C), as the input of a lower level."""
     return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))
 
 
-def double(x):
+def upsample(x):
     """Each pixel four times, (B, S, S, C) -> (B, 2S, 2S, C), as the input of a higher level."""
     return x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
 
 
 class Block(nn.Module):
     """Feature map (B, S, S, C + skip), conditioning (B, E) -> feature map (B, S', S', width).
-    kind: "encoder" or "decoder". resample: half, double or None. skip: how many channels of the input are a skip's.
+    kind: "encoder" or "decoder". resample: downsample, upsample or None. skip: how many input channels are a skip's.
     Why normalised in the encoder: its outputs are the skips, and each should enter its join at RMS 1 or close to it.
     """
 
@@ -117,7 +117,7 @@ class UNet(Summarising, nn.Module):
         for width in widths:
             if encoder:                                                     # in all levels but the first
                 S = S // 2
-                encoder.append(Block("encoder", C, C, E, resample=half))
+                encoder.append(Block("encoder", C, C, E, resample=downsample))
                 skips.append((C, S))
             for _ in range(config.blocks):
                 encoder.append(Block("encoder", C, width, E, attention=S in config.attention))
@@ -130,7 +130,7 @@ class UNet(Summarising, nn.Module):
         for width in reversed(widths):
             if decoder:
                 S = 2 * S
-                decoder.append(Block("decoder", C, C, E, resample=double))
+                decoder.append(Block("decoder", C, C, E, resample=upsample))
             else:
                 decoder += [Block("decoder", C, C, E, attention=True), Block("decoder", C, C, E)]
             for _ in range(config.blocks + 1):
