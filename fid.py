@@ -9,7 +9,7 @@ the two Gaussians. With the 2048 features of the Inception network of 2015 it is
     python fid.py sweep RUN --std 0.03 0.05 0.1   # distance of a run to its dataset, against the EMA width
 
 A source is a set that data.py prepared, a folder, zip or npz of images as they are, an npz of statistics (mu, sigma),
-or a run directory or snapshot, from which samples are drawn on the fly. Under torchrun processes share the work.
+or a run directory or snapshot, from which samples are drawn, in float32. Under torchrun processes share the work.
 """
 
 import os

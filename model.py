@@ -13,10 +13,12 @@ Where this differs from the papers' public code:
 | MaP-DiT: t = 0.3 in residual sums, whatever the depth   | 0.6/sqrt(depth): the input keeps its share at any depth  |
 | MaP-DiT: tokens enter the output as they are            | scaled to RMS 1 first, for a lower loss                  |
 | MaP-DiT: noise level by 256 features and two linears    | `width` features and one linear, as in EDM2              |
-| MaP-DiT: DDPM, 1000 steps, learned variance             | EDM2's loss for both families: only the networks differ  |
+| MaP-DiT, DiT: DDPM, learned variance, other optimizers  | EDM2's recipe for both families: only networks differ    |
 | MaP-DiT: EMA lerps by beta                              | by 1 - beta; theirs stays close to the raw weights       |
 | EDM2: eps = 1e-4 is added to the RMS                    | eps² is added to the mean square, as F.rms_norm does it  |
 | EDM2: weights are forced back in the forward pass       | after the step: the same update, and forward stays pure  |
+| EDM2: labels always shown, another network guides       | 10% null labels, so that a network can guide itself      |
+| EDM2: pixels are x/127.5 - 1, of whatever deviation     | deviation 0.5 for every set, as sigma_data says          |
 | EDM2: the first step of the warm-up has rate 0          | 1/(warmup_steps + 1) of the rate, so that it trains too  |
 
 Legend: B batch, C channels, S side of the image, P side of a patch, T tokens, D width, H heads.
