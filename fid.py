@@ -158,7 +158,8 @@ def load_inception(path=None, device="cpu"):
 
 def load_features(name, weights, device):
     """A function from uint8 images (B, C, H, W) to features (B, D): `inception`, `pixels` (for tiny images, scaled to
-    -1..1), or a TorchScript file, which is given RGB. Raises UserError for a file that is no TorchScript."""
+    -1..1), or a TorchScript file, which is given RGB. Raises UserError for a file that is no TorchScript. Why none of
+    torch.export: to load one evaluates texts in it that stand for sizes, which can be any code (torch 2.13)."""
     if name == "pixels":
         return lambda images: images.flatten(1).float() / 127.5 - 1
     with reading(f"--features={name}"):
