@@ -408,7 +408,7 @@ class Pictures:
                 return from_picture(Image.open(content), self.changes)
             latent = np.load(content, allow_pickle=False)
             if (latent.dtype != np.float32 or latent.ndim != 3 or len(latent) % 2 or not np.isfinite(latent).all()
-                    or latent[len(latent) // 2:].min() < 0):                # as logarithms of variances are
+                    or (latent[len(latent) // 2:] < 0).any()):              # as logarithms of variances are
                 raise ValueError("must be float32 (2C, S, S), mean and standard deviation of a VAE's posterior")
             return latent
 

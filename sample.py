@@ -146,13 +146,14 @@ def load_denoiser(path, device, std=None):
             raise ValueError("is not a snapshot")
         facts = snapshot["info"]["data"]
         config = config_class(snapshot["info"]["variant"])(**snapshot["info"]["model"])
+    with reading(path, (ValueError, RuntimeError)):                         # bugs of a variant keep their traceback
+        denoiser = Denoiser(config)
+    with reading(path):
+        denoiser.load_state_dict(snapshot["weights"])
         if not config.num_classes:                                          # of an unconditional run on labelled images
             facts |= {"classes": [], "counts": [sum(facts["counts"])]}
         if len(facts["classes"]) != config.num_classes or not np.isfinite(facts["mean"] + facts["std"]).all():
             raise ValueError("its facts about the data do not fit the network, or are not finite")
-    with reading(path, (ValueError, RuntimeError)):                         # a variant's own code runs here
-        denoiser = Denoiser(config)
-        denoiser.load_state_dict(snapshot["weights"])
     return denoiser.to(device).eval(), facts
 
 

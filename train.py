@@ -121,7 +121,8 @@ def load_config(argv):
         near = [known[last] for last in difflib.get_close_matches(name.lstrip("-").split(".")[-1], known)]
         near = [f"config={name}"] if name.endswith(".toml") else near
         near = [f"--{full}" if name in unknown else full for full in near]
-        hint = f"did you mean {near[0]!r}?" if near else "see --help; keys of a variant need --variant=NAME"
+        hint = "see --help" + "; keys of a variant need --variant=NAME" * (Model is DiTConfig)
+        hint = f"did you mean {near[0]!r}?" if near else hint
         raise UserError(f"{'' if name in unknown else f'{first.config}: '}{name[:300]}: unknown key; {hint}")
     for where, values in ((first.config, table), ("command line", given)):
         with reading(where):
@@ -248,13 +249,14 @@ def read_state(config, facts, denoiser, ema, optimizer):
             damaged.append(f"{out} has snapshots up to step {last}, but no state to go on from")
         if damaged:
             raise UserError(f"{'; '.join(damaged)}; choose another out")
-        return {"step": 0, "losses": [0.0, 0.0], "sha256": "", "config": flatten(config), "damaged": []}
+        return {"step": 0, "losses": [0.0] * 3, "sha256": "", "config": flatten(config), "damaged": []}
 
     with reading(path):
-        # a key that is newer than the run has its default, which may follow from keys that the run has
-        model = {name: state["config"].get(f"model.{name}") for name in asdict(config.model)}
-        model = type(config.model)(**{name: value for name, value in model.items() if value is not None})
-        state["config"] = flatten(TrainConfig(model=model)) | state["config"]
+        if state["config"]["variant"] == config.variant:
+            # a key that is newer than the run has its default, which may follow from keys that the run has
+            model = {name: state["config"].get(f"model.{name}") for name in asdict(config.model)}
+            model = type(config.model)(**{name: value for name, value in model.items() if value is not None})
+            state["config"] = flatten(TrainConfig(model=model)) | state["config"]
         wrong = differences(state["config"], flatten(config), RESUMABLE)
         other = [name for name, sha in facts["hashes"].items() if state["data"]["hashes"][name] != sha]
         if wrong or other:
@@ -355,9 +357,9 @@ def show(text, stays=True):
 
 def write(tasks, config, facts, denoiser, ema, optimizer, lock, done, batch, losses, val_loss):
     """Write what is due after `done` steps (`tasks`, from due()): lines of the log, snapshots, samples, and a state,
-    keeping the one before it. losses: sum and count since the last line of the log.
+    keeping the one before it. losses: their sum, how many were finite and how many not since the last log line.
     Why the state last: a run goes on from it, and everything before it must be on disk by then."""
-    out, (total, count) = Path(config.out), losses
+    out, (total, count, skipped) = Path(config.out), losses
     if not ((out / "lock").exists() and os.path.samestat(os.fstat(lock), os.stat(out / "lock"))):
         raise OSError(f"{out} was deleted or moved, and another training may have its place")
     if "log" in tasks:
@@ -366,7 +368,9 @@ def write(tasks, config, facts, denoiser, ema, optimizer, lock, done, batch, los
         gradients = [p.grad for p in denoiser.parameters() if p.ndim == 2 and p.grad is not None]
         log(out, {"step": done, "images": done * config.batch, "learning_rate": learning_rate(done - 1, config),
                   "loss": total / count, "gradient_norm": torch.nn.utils.get_total_norm(gradients).item(), **rms})
-        losses = [0.0, 0.0]
+        if skipped:
+            say(f"warning: up to step {done}, {skipped:g} losses were not finite; such a step has no gradient")
+        losses = [0.0] * 3
     if val_loss is not None:
         log(out, {"step": done, "val_loss": val_loss})
         show(f"step {done}  val_loss {val_loss:.4f}")
@@ -399,7 +403,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
     compiles = config.compile == "true" or config.compile == "auto" and device.type == "cuda"
     if compiles:
         denoiser.net.compile()
-    losses = torch.tensor([*state["losses"], 0.0], device=device)           # since the last log line: see below
+    losses = torch.tensor([*state["losses"], 0.0][:3], device=device)       # since the last log line: see write()
     asked, clock, shown = catch_signals(processes), time.monotonic(), first
 
     for step in range(first, config.steps):
@@ -412,7 +416,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
                 model.require_backward_grad_sync = part is parts[-1]
             number = 2**31 + (step * config.batch + part.start) // micro     # draw_step() has those below
             generator = make_generator(config, number, device)
-            torch.manual_seed(generator.initial_seed())                     # for a variant's dropout and the like
+            torch.manual_seed(hash((config.seed, number)))                  # for a variant's dropout and the like
             loss = edm2_loss(model, denoiser.uncertainty, images, labels, sigma, noise) / len(parts)
             extra = denoiser.net.extra_loss(narrowest, images, generator) / len(parts)
             ((loss + extra) * images[0].numel()).backward()                 # a sum, as EDM2 has it: Adam's eps minds
@@ -450,10 +454,8 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
         with together(processes):
             if rank == 0:
                 write(tasks, config, facts, denoiser, ema, optimizer, lock, done, (images, labels, sigma, noise),
-                      [total / processes, count / processes], val_loss)
+                      [total / processes, count / processes, skipped / processes], val_loss)
         if "log" in tasks:
-            if skipped:
-                say(f"warning: up to step {done}, {skipped:.0f} losses were not finite; their gradients count as 0")
             losses.zero_()
         clock += time.monotonic() - begin
         if stop and done < config.steps:

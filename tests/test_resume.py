@@ -146,6 +146,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_written(copy, 
     assert state["step"] == 42 and state["losses"][1] == 1 and state["weights"]["net.output.gain"].isfinite()
 
 
+def test_losses_that_are_not_finite_between_lines_of_the_log_are_counted_also_over_a_stop(copy, monkeypatch):
+    real, step, bad = train.edm2_loss, itertools.count(41), {41, 43, 48}
+    monkeypatch.setattr(train, "edm2_loss", lambda *batch: real(*batch) * (float("nan") if next(step) in bad else 1))
+    assert_refused(call(*words(copy, 80, "--log_every=10")), "the loss of step 48 is not finite")
+    result = call(*words(copy, 50, "--log_every=10"))                       # from step 45
+    assert result.returncode == 0 and "warning: up to step 50, 2 losses were not finite" in result.stderr
+
+
 @pytest.mark.parametrize("lost, processes", [("lock", 1), (".", 1), (".", 2)])
 def test_a_training_has_its_run_for_itself_ends_if_that_is_lost_and_locks_no_other_file(tmp_path, lost, processes):
     folder = tmp_path / "run"
@@ -189,6 +197,7 @@ def test_another_experiment_is_refused_and_a_change_that_may_be_is_noted(whole, 
         result = call(*words(copy, 50, make_set(tmp_path / "other", *other, held_out)))
         assert_refused(result, "choose another out")
         assert re.search(f"was trained with other {said}", result.stderr), result.stderr
+    assert_refused(call(*words(copy, 50, "--variant=mup")), "was trained with variant = '', not 'mup'", "another out")
     assert_refused(call(*words(copy, 39)), "already trained for 40 steps")
     done(*words(copy, 40))
     assert same_run(copy, whole)                                            # the same again changes nothing
