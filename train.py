@@ -254,9 +254,9 @@ def read_state(config, facts, denoiser, ema, optimizer):
     with reading(path):
         if state["config"]["variant"] == config.variant:
             # a key that is newer than the run has its default, which may follow from keys that the run has
-            model = {name: state["config"].get(f"model.{name}") for name in asdict(config.model)}
-            model = type(config.model)(**{name: value for name, value in model.items() if value is not None})
-            state["config"] = flatten(TrainConfig(model=model)) | state["config"]
+            model = {name: state["config"][f"model.{name}"] for name in asdict(config.model)
+                     if f"model.{name}" in state["config"]}
+            state["config"] = flatten(TrainConfig(model=type(config.model)(**model))) | state["config"]
         wrong = differences(state["config"], flatten(config), RESUMABLE)
         other = [name for name, sha in facts["hashes"].items() if state["data"]["hashes"][name] != sha]
         if wrong or other:
@@ -419,7 +419,7 @@ def train(config, dataset, device, denoiser, ema, optimizer, state, lock, rank, 
             torch.manual_seed(hash((config.seed, number)))                  # for a variant's dropout and the like
             loss = edm2_loss(model, denoiser.uncertainty, images, labels, sigma, noise) / len(parts)
             extra = denoiser.net.extra_loss(narrowest, images, generator) / len(parts)
-            ((loss + extra) * images[0].numel()).backward()                 # a sum, as EDM2 has it: Adam's eps minds
+            ((loss + extra) * images[0].numel()).backward()                 # a sum over pixels, as EDM2's
             loss_step += loss.detach()
 
         optimizer_step(denoiser, optimizer, learning_rate(step, config))
