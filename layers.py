@@ -1,13 +1,17 @@
-"""Magnitude-preserving layers: each maps inputs of RMS 1 to outputs of RMS 1 by construction, without learned or
-measured statistics. With rows forced back to RMS 1, weights cannot grow, and a learning rate means the same everywhere.
+"""Magnitude-preserving layers: each maps inputs of RMS 1 to outputs of RMS 1 by construction,
+without learned or measured statistics.
 
-normalize and rotate do so exactly, the others in expectation, for independent inputs. There are two exceptions:
-attention averages its values, which lowers their RMS, and scale, shift and gate modulation may change it.
+normalize and rotate do so exactly, the others in expectation, for independent inputs. There are two
+exceptions: attention averages its values, which lowers their RMS, and scale, shift and gate
+modulation may change it. Rows of weights are stored with RMS 1 and act with length 1; as they
+cannot grow, a learning rate means the same everywhere.
 
 Sources: [EDM2] Karras et al. 2024, arXiv 2312.02696; [MaP-DiT] Bill et al. 2025, arXiv 2505.19122.
-Read this file first, then model.py. It needs torch only: copy what you like, each definition says which others it uses.
+Read this file first, then model.py. It needs torch only: copy what you like, each definition says
+which others it uses.
 
-Legend: B batch, T tokens, D width, H heads. Magnitude means RMS, sqrt(mean(x²)), over the last dimension.
+Legend: B batch, T tokens, D width, H heads. Magnitude means RMS, sqrt(mean(x²)), over the last
+dimension.
 """
 
 import math
@@ -18,42 +22,52 @@ import torch.nn.functional as F
 
 
 def normalize(x):
-    """Scale the last dimension to RMS 1: (..., D) -> (..., D), same dtype, the mean taken in float32 [EDM2, Eq. 47].
-    Why: this is what makes a vector's length carry no information. Rows of RMS far below 1e-4 stay small."""
+    """Scale the last dimension to RMS 1: (..., D) -> (..., D), same dtype, the mean taken in
+    float32 [EDM2, Eq. 47]. Why: this is what makes a vector's length carry no information.
+    Rows of RMS far below 1e-4 stay small."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-8)
 
 
 def mp_silu(x):
-    """SiLU divided by 0.596, its RMS for unit-normal input [EDM2, Eq. 81]. Why: SiLU alone shrinks what it gets."""
+    """SiLU divided by 0.596, its RMS for unit-normal input [EDM2, Eq. 81].
+    Why: SiLU alone shrinks what it gets."""
     return F.silu(x) / 0.596
 
 
 def mp_sum(a, b, t):
     """Weighted sum of two independent tensors of RMS 1, again of RMS 1 [EDM2, Eq. 88].
-    t: share of b, from 0 to 1. Shapes broadcast. Why: residual streams that only add grow with depth."""
+    t: share of b, from 0 to 1. Shapes broadcast.
+    Why: residual streams that only add grow with depth."""
     norm = math.sqrt((1 - t) ** 2 + t**2)
     return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
 
 
 def mp_cat(a, b, t=0.5):
-    """Concatenate (..., Na) and (..., Nb) to (..., Na + Nb), b with a share t of the magnitude [EDM2, Eq. 103].
-    t: a number, or a tensor that broadcasts. Why: without weights, the wider of the two would drown the other."""
-    scale = ((a.shape[-1] + b.shape[-1]) / ((1 - t) ** 2 + t**2)) ** 0.5
-    return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[-1])), b * (scale * t / math.sqrt(b.shape[-1]))], dim=-1)
+    """Concatenate (..., Na) and (..., Nb) to (..., Na + Nb), b with a share t of the magnitude
+    [EDM2, Eq. 103]. t: a number, or a tensor that broadcasts.
+    Why: without weights, the wider of the two would drown the other."""
+    Na, Nb = a.shape[-1], b.shape[-1]
+    scale = ((Na + Nb) / ((1 - t) ** 2 + t**2)) ** 0.5
+    a = a * (scale * (1 - t) / math.sqrt(Na))
+    b = b * (scale * t / math.sqrt(Nb))
+    return torch.cat([a, b], dim=-1)
 
 
 def rotate(x, theta):
     """Turn the D channels of x, seen as D/2 planes (i, i + D/2), by the angles theta [MaP-DiT].
     x: (..., D), theta: (..., D/2) in radians, broadcast against each other -> (..., D), dtype of x.
-    Why: it lets the conditioning change every token without changing any norm, for half the weights of a scale."""
+    Why: the conditioning can change every token without changing any norm, for half the weights of
+    a scale."""
     cos, sin = theta.float().cos(), theta.float().sin()
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 def modulate(x, theta, scale, shift):
-    """What conditioning does to the input of a branch: scale, shift, rotate, in the order of the paper's code.
-    x: (B, T, D); the others (B, 1, D), theta (B, 1, D/2), or None for "leave it out". Uses: rotate."""
+    """What conditioning does to the input of a branch: scale, shift, rotate, in the order of the
+    paper's code (its branch old-mod_opts).
+    x: (B, T, D); the others (B, 1, D), theta (B, 1, D/2), or None for "leave it out". Uses:
+    rotate."""
     if scale is not None:
         x = x * (1 + scale)
     if shift is not None:
@@ -65,16 +79,19 @@ def modulate(x, theta, scale, shift):
 
 def attention(q, k, v):
     """softmax(q·kᵀ / sqrt(d))·v, each (B, H, T, d) -> (B, H, T, d).
-    Why written out on CPUs: there torch's fused attention is 2 to 10 times slower in the backward pass at up to 256
-    tokens, and has no second derivative. Elsewhere the fused one saves the memory of the (B, H, T, T) weights."""
+    Why written out on CPUs: there torch's fused attention has no second derivative, and in bfloat16
+    its backward pass is 2 to 10 times slower at up to 256 tokens. Elsewhere the fused one saves the
+    memory of the (B, H, T, T) weights."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+    logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return logits.softmax(dim=-1) @ v
 
 
 class MPFourier(nn.Module):
-    """Fourier features sqrt(2)·cos(2π(f·x + phi)) of a scalar, f ~ N(0, 1), phi ~ U(0, 1) fixed [EDM2, Eq. 75].
-    (B,) -> (B, width), float32. Why: a network reads a number far better from many waves than from its value."""
+    """Fourier features sqrt(2)·cos(2π(f·x + phi)) of a scalar, with f ~ N(0, 1) and phi ~ U(0, 1)
+    fixed [EDM2, Eq. 75]: (B,) -> (B, width), float32.
+    Why: a network reads a number far better from many waves than from its value."""
 
     def __init__(self, width):
         super().__init__()
@@ -86,16 +103,19 @@ class MPFourier(nn.Module):
 
 
 class MPLinear(nn.Module):
-    """Linear map without bias in which each row w acts as w/‖w‖: (..., fan_in) -> (..., fan_out) [EDM2, Eq. 47].
-    Why: only the direction of a row acts, so its gradient has no part along the row. Stored rows may have any length;
-    force_weight_normalization() keeps it at RMS 1 during training."""
+    """Linear map without bias in which each row w acts as w/‖w‖: (..., fan_in) -> (..., fan_out)
+    [EDM2, Eq. 47]. Why: only the direction of a row acts, so its gradient has no part along the
+    row. Stored rows may have any length; force_weight_normalization() keeps it at RMS 1 in
+    training."""
 
     def __init__(self, fan_in, fan_out):
         super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(fan_out, fan_in), dim=1) * math.sqrt(fan_in))
+        rows = torch.randn(fan_out, fan_in)
+        self.weight = nn.Parameter(F.normalize(rows, dim=1) * math.sqrt(fan_in))
 
     def unit_rows(self):
-        """The rows as they act, w/‖w‖: (fan_out, fan_in). Written out, this is faster on CPUs than F.normalize."""
+        """The rows as they act, w/‖w‖: (fan_out, fan_in).
+        Why not F.normalize: written out, this is faster on CPUs."""
         w = self.weight
         return w * w.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
 
@@ -104,8 +124,9 @@ class MPLinear(nn.Module):
 
 
 class MPEmbedding(nn.Module):
-    """A table of vectors of RMS 1, one per class: integer labels (B,) in 0..count-1 -> (B, width). Uses: normalize.
-    Why normalised after the look-up: the same result as before it, for B rows instead of all."""
+    """A table of vectors of RMS 1, one per class: integer labels (B,) in 0..count-1 -> (B, width).
+    Uses: normalize. Why normalised after the look-up: the same result as before it, for B rows
+    instead of all."""
 
     def __init__(self, count, width):
         super().__init__()
@@ -116,8 +137,9 @@ class MPEmbedding(nn.Module):
 
 
 class MPAttention(nn.Module):
-    """Multi-head cosine attention, (B, T, D) -> (B, T, D), heads divides D. Uses: normalize, attention, MPLinear.
-    Why cosine: with q and k at RMS 1 per head, no logit exceeds sqrt(D/H) [EDM2, MaP-DiT]. v is normalised as well."""
+    """Multi-head cosine attention, (B, T, D) -> (B, T, D), where heads divides D.
+    Uses: normalize, attention, MPLinear. Why cosine: with q and k at RMS 1 per head, no logit
+    exceeds sqrt(D/H) [EDM2, MaP-DiT]. v is normalised as well."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -126,9 +148,10 @@ class MPAttention(nn.Module):
         self.out = MPLinear(width, width)
 
     def forward(self, x):
-        qkv = normalize(self.qkv(x).unflatten(-1, (3, self.heads, -1)))     # (B, T, 3, H, D/H)
-        x = attention(*qkv.permute(2, 0, 3, 1, 4))                          # (B, H, T, D/H)
-        return self.out(x.transpose(1, 2).flatten(2))                       # (B, T, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, D/H)
+        q, k, v = normalize(qkv).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        x = attention(q, k, v)
+        return self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MPMLP(nn.Module):
@@ -141,38 +164,48 @@ class MPMLP(nn.Module):
         self.down = MPLinear(hidden, width)
 
     def forward(self, x):
-        return self.down(F.silu(self.up(x))) / 0.596                        # mp_silu; fewer values to divide here
+        return self.down(F.silu(self.up(x))) / 0.596  # mp_silu, with fewer values to divide
 
 
 class Modulation(nn.Module):
-    """From the conditioning, what modulate() and the gate of one branch need [MaP-DiT]. Uses: MPLinear.
-    cond (B, D) -> theta (B, 1, D/2), scale, shift, gate (B, 1, D), float32. kinds: any of KINDS; for the others theta,
-    scale and shift are None and gate is 0, so that every block may write (1 + gate)·branch.
-    Why a learned gain for each kind, zero at first: an untrained modulation does nothing."""
+    """From the conditioning, what modulate() and the gate of one branch need [MaP-DiT].
+    Uses: MPLinear.
+
+    cond (B, D) -> theta (B, 1, D/2), scale, shift, gate (B, 1, D), float32. kinds: any of KINDS;
+    for the others theta, scale and shift are None and gate is 0, so that every block may write
+    (1 + gate)·branch. Why a learned gain for each kind, zero at first: an untrained modulation does
+    nothing."""
 
     KINDS = ("rotate", "scale", "shift", "gate")
 
     def __init__(self, width, kinds):
         super().__init__()
-        self.sizes = {kind: width // 2 if kind == "rotate" else width for kind in self.KINDS if kind in kinds}
+        self.sizes = {}
+        for kind in self.KINDS:
+            if kind in kinds:
+                self.sizes[kind] = width // 2 if kind == "rotate" else width
         if self.sizes:
             self.linear = MPLinear(width, sum(self.sizes.values()))
             self.gain = nn.Parameter(torch.zeros(len(self.sizes)))
 
     def forward(self, cond):
-        out = {"rotate": None, "scale": None, "shift": None, "gate": 0.0}
-        if self.sizes:                                                      # float: 1 + scale needs more than bfloat16
-            parts = self.linear(cond).float()[:, None].split(list(self.sizes.values()), dim=-1)
-            out.update({kind: gain * part for kind, gain, part in zip(self.sizes, self.gain, parts)})
-        return out["rotate"], out["scale"], out["shift"], out["gate"]
+        values = {"rotate": None, "scale": None, "shift": None, "gate": 0.0}
+        if self.sizes:
+            out = self.linear(cond).float()[:, None]  # float: 1 + scale needs more than bfloat16
+            parts = out.split(list(self.sizes.values()), dim=-1)
+            for kind, part, gain in zip(self.sizes, parts, self.gain):
+                values[kind] = gain * part
+        return values["rotate"], values["scale"], values["shift"], values["gate"]
 
 
 @torch.no_grad()
 def force_weight_normalization(model):
-    """Put every row of the MPLinear and MPEmbedding weights in `model` back to RMS 1, in place [EDM2, Eq. 66].
-    Call it after every optimizer step. Uses: MPLinear, MPEmbedding; another layer with such rows must be one of these,
-    or be added here. Why: a step perpendicular to a row lengthens the row, and the longer it is, the
-    less the next step turns it. With rows of one length, the learning rate schedule alone sets how fast they turn."""
+    """Put every row of the MPLinear and MPEmbedding weights in `model` back to RMS 1, in place
+    [EDM2, Eq. 66]. Call it after every optimizer step. Uses: MPLinear, MPEmbedding; another layer
+    with such rows must be one of these, or be added here.
+    Why: a step perpendicular to a row lengthens the row, and the longer it is, the less the next
+    step turns it. With rows of one length, the learning rate schedule alone sets how fast they
+    turn."""
     for module in model.modules():
         if isinstance(module, (MPLinear, MPEmbedding)):
             w = module.weight

@@ -1,158 +1,37 @@
-"""The magnitude-preserving Diffusion Transformer, the plain adaLN one it is measured against, and the EDM denoiser.
+"""The magnitude-preserving Diffusion Transformer, the plain adaLN one it is measured against, and
+the EDM denoiser around both.
+
+Both families have the same three parts, input, block and output, written one under the other so
+that they can be compared line by line. The keys that configure them stand behind the networks, and
+where this differs from the papers' public code stands at the end of the file.
 
 Sources: [MaP-DiT] Bill et al. 2025, arXiv 2505.19122; [DiT] Peebles & Xie 2023, arXiv 2212.09748;
 [EDM] Karras et al. 2022, arXiv 2206.00364; [EDM2] Karras et al. 2024, arXiv 2312.02696.
-Read layers.py before, train.py after. Both families have the same three parts, input, block and output, written one
-under the other so that they can be compared line by line.
-
-Where this differs from the papers' public code:
-
-| there                                                   | here, and why                                            |
-|---------------------------------------------------------|----------------------------------------------------------|
-| MaP-DiT: q and k normalised                             | q, k and v, as in EDM2: no token's value may dominate    |
-| MaP-DiT: t = 0.3 in residual sums, whatever the depth   | 0.6/sqrt(depth): the input keeps its share at any depth  |
-| MaP-DiT: tokens enter the output as they are            | scaled to RMS 1 first, for a lower loss                  |
-| MaP-DiT: noise level by 256 features and two linears    | `width` features and one linear, as in EDM2              |
-| MaP-DiT, DiT: DDPM, learned variance, other optimizers  | EDM2's recipe for both families: only networks differ    |
-| MaP-DiT: EMA lerps by beta                              | by 1 - beta; theirs stays close to the raw weights       |
-| EDM2: eps = 1e-4 is added to the RMS                    | eps² is added to the mean square, as F.rms_norm does it  |
-| EDM2: weights are forced back in the forward pass       | after the step: the same update, and forward stays pure  |
-| EDM2: labels always shown, another network guides       | 10% null labels, so that a network can guide itself      |
-| EDM2: pixels are x/127.5 - 1, of whatever deviation     | deviation 0.5 for every set, as sigma_data says          |
-| EDM2: the first step of the warm-up has rate 0          | 1/(warmup_steps + 1) of the rate, so that it trains too  |
+Read layers.py before, train.py after.
 
 Legend: B batch, C channels, S side of the image, P side of a patch, T tokens, D width, H heads.
 """
 
-import importlib.util
 import math
-import typing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention, modulate, mp_silu,
-                    mp_sum, normalize)
-
-
-SIZES = {"XS": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-
-
-def key(default, doc, low=-1e18, high=1e18, choices=None):
-    """A documented configuration key: a dataclass field with the bounds of its numbers, or the words it may hold."""
-    return field(default=default, metadata={"doc": doc, "bounds": (low, high, choices)})
-
-
-def check_value(name, value, kind, low, high, choices):
-    """`value` as type `kind`, within its bounds. Raises ValueError: the name of the key, and what it must be.
-    Why one function: command lines, TOML files and snapshots all pass through it, so a bad value is one clear line."""
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and value:
-            return tuple(check_value(name, item, kind.__args__[0], low, high, choices) for item in value)
-        good, what = False, "a list"
-    elif choices:
-        value = str(value).lower() if isinstance(value, bool) else value    # compile = true in TOML is a bool
-        good, what = value in choices, f"one of {', '.join(choices)}"
-    elif kind is str:
-        good, what = isinstance(value, str) and value.isprintable(), "printable text"
-    elif kind is bool:
-        good, what = isinstance(value, bool), "true or false"
-    else:
-        good = type(value) in (int, kind) and low <= value <= high          # False for nan
-        what = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
-    if not good:
-        raise ValueError(f"{name}: must be {what}, not {repr(value)[:60]}")
-    return kind(value)
-
-
-@dataclass
-class Configuration:
-    """The base of every configuration: its keys are checked when it is made. Raises ValueError that begins with the
-    name of the key. Why here: then no user, variant or snapshot can make a wrong one."""
-
-    def __post_init__(self):
-        for f in fields(self):
-            if f.metadata:                                                  # else it is a configuration itself
-                setattr(self, f.name, check_value(f.name, getattr(self, f.name), f.type, *f.metadata["bounds"]))
-
-
-@dataclass
-class NetworkConfig(Configuration):
-    """The keys that every network has, a transformer or not. Why apart: images and labels are the same for all."""
-
-    label_dropout: float = key(0.1, "share of training images shown with the null label", 0, 1)
-    image_size: int = key(0, "side of the square images (0: as the dataset says)", 0, 8192)
-    channels: int = key(0, "channels of the images (0: as the dataset says)", 0, 1024)
-    num_classes: int = key(-1, "number of classes (-1: as the dataset says, 0: unconditional)", -1, 10**6)
-
-    def for_data(self, image_size, channels, num_classes):
-        """The same configuration for images of this kind. Raises ValueError where it already says otherwise."""
-        facts = {"image_size": image_size, "channels": channels, "num_classes": num_classes if self.num_classes else 0}
-        for name, fact in facts.items():
-            if getattr(self, name) not in (fact, 0, -1):
-                raise ValueError(f"{name}: {getattr(self, name)}, but the dataset has {fact}")
-        return replace(self, **facts)
-
-
-@dataclass
-class DiTConfig(NetworkConfig):
-    """Everything needed to build the network. Raises ValueError, in one line, for values that cannot work together."""
-
-    block: str = key("mp", "family: mp (magnitude-preserving) or plain (adaLN-Zero)", choices=("mp", "plain"))
-    size: str = key("S", "depth, width and heads by name: XS, S, B, L or XL", choices=tuple(SIZES))
-    depth: int = key(0, "number of blocks (0: as size says)", 0, 1000)
-    width: int = key(0, "channels of a token (0: as size says)", 0, 16384)
-    heads: int = key(0, "attention heads (0: as size says)", 0, 1024)
-    residual_t: float = key(0.0, "share t of a branch in mp residual sums (0: 0.6/sqrt(depth), at most 0.5)", 0, 0.99)
-    patch: int = key(2, "side in pixels of the square patches, one token each", 1, 1024)
-    modulation: tuple[str, ...] = key(("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of "
-                                      "rotate, scale, shift, gate (a plain block is always adaLN-Zero)",
-                                      choices=Modulation.KINDS)
-    gain_rate: float = key(1.0, "factor on the learning rate of the gains of mp modulations", 1e-9, 100)
-
-    def __post_init__(self):
-        super().__post_init__()
-        depth, width, heads = SIZES[self.size]
-        self.depth, self.width, self.heads = self.depth or depth, self.width or width, self.heads or heads
-        self.residual_t = self.residual_t or min(0.6 / math.sqrt(self.depth), 0.5)
-        self.modulation = tuple(kind for kind in Modulation.KINDS if kind in self.modulation)
-        for name, fits, problem in (
-                ("width", self.width % self.heads == 0, f"{self.width} is not divisible by heads = {self.heads}"),
-                ("width", self.width % 4 == 0, f"{self.width} is not divisible by 4, as the position embedding needs"),
-                ("patch", self.image_size % self.patch == 0, f"{self.patch} does not divide side {self.image_size}"),
-                ("patch", self.tokens <= 2**16, f"{self.patch} makes {self.tokens:,} tokens, more than 65,536")):
-            if not fits:
-                raise ValueError(f"{name}: {problem}")
-
-    @property
-    def tokens(self):
-        return (self.image_size // self.patch) ** 2
-
-    def network(self):
-        """The network that this configures; the configuration of a variant returns its own."""
-        return DiT(self)
-
-
-def config_class(variant=""):
-    """The class that configures the network: DiTConfig, or Config of variants/<variant>.py."""
-    if not variant:
-        return DiTConfig
-    if not (str(variant).isidentifier() and importlib.util.find_spec(f"variants.{variant}")):
-        raise ValueError(f"there is no variants/{str(variant)[:60]}.py")
-    module = importlib.import_module(f"variants.{variant}")
-    if not hasattr(module, "Config"):
-        raise ValueError(f"variants/{variant}.py is no network to train")
-    return module.Config
+from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention,
+                    modulate, mp_silu, mp_sum, normalize)
+from plumbing.keys import Configuration, key
 
 
 def position_embedding(width, grid):
     """Fixed 2-D sine-cosine embedding [DiT]: (grid², width), half of the channels for each axis."""
     freqs = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * freqs
-    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)                  # (grid, D/2)
-    return torch.cat([axis[:, None].expand(grid, grid, -1), axis.expand(grid, grid, -1)], dim=-1).flatten(0, 1)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (grid, D/2)
+    rows = axis[:, None].expand(grid, grid, -1)
+    columns = axis.expand(grid, grid, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (grid², D)
 
 
 class MPInput(nn.Module):
@@ -160,16 +39,19 @@ class MPInput(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.patch = MPLinear(config.channels * config.patch**2 + 1, config.width)
-        self.fourier = MPFourier(config.width)
-        self.noise = MPLinear(config.width, config.width)
-        self.label = MPEmbedding(config.num_classes + 1, config.width)
-        position = position_embedding(config.width, config.image_size // config.patch)
-        position = normalize(position - position.mean(dim=0))               # most of it is the same for all tokens
+        D = config.width
+        self.patch = MPLinear(config.channels * config.patch**2 + 1, D)
+        self.fourier = MPFourier(D)
+        self.noise = MPLinear(D, D)
+        self.label = MPEmbedding(config.num_classes + 1, D)
+        position = position_embedding(D, config.image_size // config.patch)
+        position = position - position.mean(dim=0)  # most of it is the same for all tokens
+        position = normalize(position)
         self.register_buffer("position", position, persistent=False)
 
     def forward(self, patches, c_noise, labels):
-        x = self.patch(torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1))     # the 1 acts as a bias
+        ones = torch.ones_like(patches[..., :1])  # act as a bias
+        x = self.patch(torch.cat([patches, ones], dim=-1))
         x = mp_sum(x, self.position, t=0.5)
         cond = mp_silu(mp_sum(self.noise(self.fourier(c_noise)), self.label(labels), t=0.5))
         return x, cond
@@ -180,17 +62,18 @@ class MPBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        D = config.width
         self.t = config.residual_t
-        self.modulation1 = Modulation(config.width, config.modulation)
-        self.attention = MPAttention(config.width, config.heads)
-        self.modulation2 = Modulation(config.width, config.modulation)
-        self.mlp = MPMLP(config.width, 4 * config.width)
+        self.modulation1 = Modulation(D, config.modulation)
+        self.attention = MPAttention(D, config.heads)
+        self.modulation2 = Modulation(D, config.modulation)
+        self.mlp = MPMLP(D, 4 * D)
 
     def forward(self, x, cond):
-        theta1, scale1, shift1, gate1 = self.modulation1(cond)
-        theta2, scale2, shift2, gate2 = self.modulation2(cond)
-        x = mp_sum(x, (1 + gate1) * self.attention(modulate(x, theta1, scale1, shift1)), t=self.t)
-        x = mp_sum(x, (1 + gate2) * self.mlp(modulate(x, theta2, scale2, shift2)), t=self.t)
+        theta, scale, shift, gate = self.modulation1(cond)
+        x = mp_sum(x, (1 + gate) * self.attention(modulate(x, theta, scale, shift)), t=self.t)
+        theta, scale, shift, gate = self.modulation2(cond)
+        x = mp_sum(x, (1 + gate) * self.mlp(modulate(x, theta, scale, shift)), t=self.t)
         return x
 
 
@@ -209,8 +92,9 @@ class MPOutput(nn.Module):
 
 
 class PlainInput(nn.Module):
-    """Patches (B, T, C·P²), c_noise (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D). Why not DiT's timestep
-    sinusoids: they assume integer times; c_noise = ln(sigma)/4 is continuous, and enters as in MPInput."""
+    """Patches (B, T, C·P²), c_noise (B,), labels (B,) -> tokens (B, T, D), conditioning (B, D).
+    Why not DiT's timestep sinusoids: they assume integer times; c_noise = ln(sigma)/4 is
+    continuous, and enters as in MPInput."""
 
     def __init__(self, config):
         super().__init__()
@@ -239,9 +123,10 @@ class PlainAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # (B, T, 3, H, D/H)
-        x = attention(*qkv.permute(2, 0, 3, 1, 4))                          # (B, H, T, D/H)
-        return self.out(x.transpose(1, 2).flatten(2))                       # (B, T, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        x = attention(q, k, v)
+        return self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class PlainBlock(nn.Module):
@@ -253,10 +138,12 @@ class PlainBlock(nn.Module):
         self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(D, 6 * D)
         self.attention = PlainAttention(D, config.heads)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"),
+                                 nn.Linear(4 * D, D))
 
     def forward(self, x, cond):
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(cond)[:, None].chunk(6, dim=-1)
+        values = self.modulation(cond)[:, None].chunk(6, dim=-1)
+        scale1, shift1, gate1, scale2, shift2, gate2 = values
         x = x + gate1 * self.attention(modulate(self.norm(x), None, scale1, shift1))
         x = x + gate2 * self.mlp(modulate(self.norm(x), None, scale2, shift2))
         return x
@@ -277,7 +164,8 @@ class PlainOutput(nn.Module):
 
 
 def init_linears(module):
-    """Xavier-uniform weights and zero biases for all plain linears in a module. Why apart: variants call it too."""
+    """Xavier-uniform weights and zero biases for all plain linears in a module.
+    Why apart: variants call it too."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -287,71 +175,84 @@ def init_linears(module):
 def init_plain(net):
     """DiT's initialisation: Xavier linears, N(0, 0.02²) embeddings, zero modulation and output."""
     init_linears(net)
-    for layer in (net.input.noise[0], net.input.noise[2], net.input.label):
+    first, _, second = net.input.noise
+    for layer in (first, second, net.input.label):
         nn.init.normal_(layer.weight, std=0.02)
-    for layer in (*(block.modulation for block in net.blocks), net.output.modulation, net.output.linear):
+    modulations = [block.modulation for block in net.blocks]
+    for layer in (*modulations, net.output.modulation, net.output.linear):
         nn.init.zeros_(layer.weight)
 
 
-FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock, PlainOutput)}
-
-
 class DiT(nn.Module):
-    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S); label num_classes is the
-    null label. parts: functions that make input, block and output from a configuration, where a variant has its own;
-    they also set the initial values."""
+    """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S);
+    label num_classes is the null label.
+
+    parts: the classes of input, block and output, where a variant has its own; each is called with
+    the configuration, and sets its initial values. Raises ValueError for a configuration that does
+    not say yet what the images are."""
+
+    FAMILIES = {"mp": (MPInput, MPBlock, MPOutput), "plain": (PlainInput, PlainBlock, PlainOutput)}
 
     def __init__(self, config, parts=None):
         super().__init__()
         if config.image_size < 1 or config.channels < 1 or config.num_classes < 0:
             raise ValueError("DiT needs image_size, channels and num_classes")
         self.config = config
-        Input, Block, Output = parts or FAMILIES[config.block]
-        self.input = Input(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.output = Output(config)
+        make_input, make_block, make_output = parts or self.FAMILIES[config.block]
+        self.input = make_input(config)
+        self.blocks = nn.ModuleList(make_block(config) for _ in range(config.depth))
+        self.output = make_output(config)
         if config.block == "plain" and not parts:
             init_plain(self)
 
     @property
     def lr_scale(self):
-        """{parameter: factor on its learning rate}, where it may differ from 1; a variant adds its own to these.
-        Why gains: nothing but their gradient holds them, and Adam's steps do not shrink with it; at high rates some
-        angles of wide or deep networks wander off by several radians (variants/README.md)."""
-        gains = [part.gain for part in self.modules() if isinstance(part, Modulation) and part.sizes]
-        return dict.fromkeys(gains, self.config.gain_rate)
+        """{parameter: factor on its learning rate}, where it may differ from 1; a variant adds its
+        own. Why gains: nothing but their gradient holds them, and Adam's steps do not shrink with
+        it; at high rates some angles of wide or deep networks drift off by several radians
+        (variants/README.md)."""
+        modulations = [part for part in self.modules() if isinstance(part, Modulation)]
+        return {part.gain: self.config.gain_rate for part in modulations if part.sizes}
 
     def run_blocks(self, x, cond):
-        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). A variant overrides this; it should keep RMS 1."""
+        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). A variant overrides this; it
+        should keep RMS 1."""
         for block in self.blocks:
             x = block(x, cond)
         return x
 
     def extra_loss(self, teacher, images, generator):
-        """What a variant adds to the loss (a mean over images) after each forward pass of training; 0 by default.
-        teacher: an average of the denoiser; images: clean ones (B, C, S, S); generator: for any random numbers."""
+        """What a variant adds to the loss (a mean over images) after each forward pass of training.
+        teacher: an average of the denoiser; images: clean ones (B, C, S, S); generator: for any
+        random numbers."""
         return 0.0
 
     def forward(self, x, c_noise, labels):
         P = self.config.patch
         grid = x.shape[-1] // P
-        x = x.unflatten(3, (grid, P)).unflatten(2, (grid, P))               # (B, C, grid, P, grid, P)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)            # (B, T, C·P²)
-        x, cond = self.input(x, c_noise, labels)                            # (B, T, D), (B, D)
-        x = self.output(self.run_blocks(x, cond), cond)                     # (B, T, C·P²)
-        x = x.unflatten(2, (-1, P, P)).unflatten(1, (grid, grid))           # (B, grid, grid, C, P, P)
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)         # (B, C, S, S)
+        x = x.unflatten(3, (grid, P)).unflatten(2, (grid, P))  # (B, C, grid, P, grid, P)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C·P²)
+        x, cond = self.input(x, c_noise, labels)  # (B, T, D), (B, D)
+        x = self.run_blocks(x, cond)  # (B, T, D)
+        x = self.output(x, cond)  # (B, T, C·P²)
+        x = x.unflatten(2, (-1, P, P)).unflatten(1, (grid, grid))  # (B, grid, grid, C, P, P)
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # (B, C, S, S)
 
 
 class Denoiser(nn.Module):
-    """EDM preconditioning around the network [EDM, Table 1] and the learned uncertainty of its loss [EDM2, Eq. 14-16].
+    """EDM preconditioning around the network [EDM, Table 1], and the learned uncertainty of its
+    loss [EDM2, Eq. 14-16]. Why: the network always sees and predicts unit variance, whatever the
+    noise level.
 
-    forward(x, sigma, labels=None): noisy images (B, C, S, S) whose clean part has standard deviation 0.5, noise levels
-    () or (B,), labels (B,) int64, None or num_classes for unconditional -> denoised images (B, C, S, S), float32.
-    Why: the network always sees and predicts unit variance, whatever the noise level. in_bfloat16: whether its matrix
-    products use bfloat16; the residual stream, modulation values and all around the network stay in float32."""
+    forward(x, sigma, labels=None): noisy images (B, C, S, S) whose clean part has standard
+    deviation 0.5, noise levels () or (B,), labels (B,) int64, None or num_classes for unconditional
+    -> denoised images (B, C, S, S), float32.
 
-    sigma_data, in_bfloat16 = 0.5, False
+    in_bfloat16: whether the network's matrix products use bfloat16; the residual stream, modulation
+    values and all around the network stay in float32."""
+
+    sigma_data = 0.5
+    in_bfloat16 = False
 
     def __init__(self, config):
         super().__init__()
@@ -365,20 +266,26 @@ class Denoiser(nn.Module):
             labels = torch.full((len(x),), self.net.config.num_classes, device=x.device)
         s = sigma.view(-1, 1, 1, 1)
         norm = (s**2 + self.sigma_data**2).sqrt()
-        c_skip, c_out, c_in = (self.sigma_data / norm) ** 2, s * self.sigma_data / norm, 1 / norm
+        c_skip = (self.sigma_data / norm) ** 2
+        c_out = s * self.sigma_data / norm
+        c_in = 1 / norm
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16):
             out = self.net(c_in * x, sigma.log() / 4, labels)
         return c_skip * x + c_out * out.float()
 
     def uncertainty(self, sigma):
         """u(sigma), the learned log-variance of the loss at each noise level: (B,) -> (B,).
-        Why: exp(u) divides the loss, so that no noise level dominates the gradient. Sampling does not use it."""
+        Why: exp(u) divides the loss, so that no noise level dominates the gradient. Sampling does
+        not use it."""
         return self.u_linear(self.u_fourier(sigma.log() / 4))[:, 0]
 
 
 def edm2_loss(model, uncertainty, images, labels, sigma, noise):
-    """lambda(sigma) / exp(u(sigma)) · (D - y)² + u(sigma), mean over images, channels and pixels [EDM2, Eq. 14-16, 21].
-    model(x, sigma, labels): the denoiser, perhaps wrapped. uncertainty(sigma): its u."""
+    """lambda(sigma) / exp(u(sigma)) · (D - y)² + u(sigma), the mean over images, channels and
+    pixels [EDM2, Eq. 14-16, 21].
+
+    model(x, sigma, labels): the denoiser, perhaps wrapped. uncertainty(sigma): its u. images: y,
+    clean, (B, C, S, S); labels (B,); sigma (B,); noise: unit normal, as images."""
     s = sigma.view(-1, 1, 1, 1)
     weight = (s**2 + Denoiser.sigma_data**2) / (s * Denoiser.sigma_data) ** 2
     u = uncertainty(sigma).view(-1, 1, 1, 1)
@@ -386,21 +293,102 @@ def edm2_loss(model, uncertainty, images, labels, sigma, noise):
     return (weight / u.exp() * error**2 + u).mean()
 
 
-@torch.no_grad()
-def magnitudes(denoiser, x, sigma, labels):
-    """Mean token RMS after the first, middle and last block for a batch of noisy images, and RMS of the weights.
-    Why: the paper claims that token RMS stays near 1, and the log shows whether it does; mp weights are forced to 1."""
-    blocks, rms = denoiser.net.blocks, {}
+# Depth, width and heads of the sizes that have a name
+SIZES = {"XS": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
+         "XL": (28, 1152, 16)}
 
-    def watch(name):
-        return lambda block, inputs, tokens: rms.update({name: tokens.float().square().mean(-1).sqrt().mean().item()})
 
-    hooks = [blocks[i].register_forward_hook(watch(f"token_rms_{name}"))
-             for name, i in (("first", 0), ("middle", len(blocks) // 2), ("last", -1))]
-    with torch.compiler.set_stance("force_eager"):                          # compiled code would not call the hooks
-        denoiser(x, sigma, labels)
-    for hook in hooks:
-        hook.remove()
-    matrices = [p for p in denoiser.parameters() if p.ndim == 2]
-    weight_rms = torch.nn.utils.get_total_norm(matrices).item() / math.sqrt(sum(p.numel() for p in matrices))
-    return rms | {"weight_rms": weight_rms}
+@dataclass
+class NetworkConfig(Configuration):
+    """The keys that every network has, a transformer or not.
+    Why apart: images and labels are the same for all."""
+
+    label_dropout: float = key(0.1, "share of training images shown with the null label", 0, 1)
+    image_size: int = key(0, "side of the square images (0: as the dataset says)", 0, 8192)
+    channels: int = key(0, "channels of the images (0: as the dataset says)", 0, 1024)
+    num_classes: int = key(
+        -1, "number of classes (-1: as the dataset says, 0: unconditional)", -1, 10**6)
+
+    def for_data(self, image_size, channels, num_classes):
+        """The same configuration for images of this kind. Raises ValueError where it already says
+        otherwise."""
+        if self.num_classes == 0:  # unconditional, whatever the dataset has
+            num_classes = 0
+        facts = {"image_size": image_size, "channels": channels, "num_classes": num_classes}
+        for name, fact in facts.items():
+            if getattr(self, name) not in (fact, 0, -1):
+                raise ValueError(f"{name}: {getattr(self, name)}, but the dataset has {fact}")
+        return replace(self, **facts)
+
+
+@dataclass
+class DiTConfig(NetworkConfig):
+    """Everything needed to build the network. Raises ValueError, in one line, for values that
+    cannot work together."""
+
+    block: str = key(
+        "mp", "family: mp (magnitude-preserving) or plain (adaLN-Zero)", choices=("mp", "plain"))
+    size: str = key(
+        "S", "depth, width and heads by name: XS, S, B, L or XL", choices=tuple(SIZES))
+    depth: int = key(0, "number of blocks (0: as size says)", 0, 1000)
+    width: int = key(0, "channels of a token (0: as size says)", 0, 16384)
+    heads: int = key(0, "attention heads (0: as size says)", 0, 1024)
+    residual_t: float = key(
+        0.0, "share t of a branch in mp residual sums (0: 0.6/sqrt(depth), at most 0.5)", 0, 0.99)
+    patch: int = key(2, "side in pixels of the square patches, one token each", 1, 1024)
+    modulation: tuple[str, ...] = key(
+        ("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of rotate, "
+        "scale, shift, gate (a plain block is always adaLN-Zero)", choices=Modulation.KINDS)
+    gain_rate: float = key(
+        1.0, "factor on the learning rate of the gains of mp modulations", 1e-9, 100)
+
+    def __post_init__(self):
+        super().__post_init__()
+        depth, width, heads = SIZES[self.size]
+        self.depth = self.depth or depth
+        self.width = self.width or width
+        self.heads = self.heads or heads
+        self.residual_t = self.residual_t or min(0.6 / math.sqrt(self.depth), 0.5)
+        self.modulation = tuple(kind for kind in Modulation.KINDS if kind in self.modulation)
+        if self.width % self.heads:
+            raise ValueError(f"width: {self.width} is not divisible by heads = {self.heads}")
+        if self.width % 4:
+            raise ValueError(
+                f"width: {self.width} is not divisible by 4, as the position embedding needs")
+        if self.image_size % self.patch:
+            raise ValueError(f"patch: {self.patch} does not divide side {self.image_size}")
+        if self.tokens > 2**16:
+            raise ValueError(f"patch: {self.patch} makes {self.tokens:,} tokens, more than 65,536")
+
+    @property
+    def tokens(self):
+        return (self.image_size // self.patch) ** 2
+
+    def network(self):
+        """The network that this configures; the configuration of a variant returns its own."""
+        return DiT(self)
+
+
+# Where this differs from the papers' public code. MaP-DiT's is that of the branch old-mod_opts.
+#
+# | there                                             | here, and why                              |
+# |---------------------------------------------------|--------------------------------------------|
+# | MaP-DiT: q and k normalised                       | q, k and v, as in EDM2: no token's value   |
+# |                                                   | may dominate                               |
+# | MaP-DiT: t = 0.3 in residual sums, at any depth   | 0.6/sqrt(depth): the input keeps its share |
+# | MaP-DiT: tokens enter the output as they are      | scaled to RMS 1 first, for a lower loss    |
+# | MaP-DiT: noise level by 256 features, two linears | `width` features, one linear, as in EDM2   |
+# | MaP-DiT: neighbouring channels make a plane       | channels i and i + D/2                     |
+# | MaP-DiT: EMA lerps by beta                        | by 1 - beta; theirs stays close to the raw |
+# |                                                   | weights                                    |
+# | MaP-DiT, DiT: DDPM, learned variance, other       | EDM2's recipe for both families: only      |
+# | optimizers                                        | networks differ                            |
+# | EDM2: eps = 1e-4 is added to the RMS              | eps² is added to the mean square, as       |
+# |                                                   | F.rms_norm does it                         |
+# | EDM2: weights are forced back in the forward pass | after the step: the same update, and       |
+# |                                                   | forward stays pure                         |
+# | EDM2: labels always shown, another network guides | 10% null labels, so that a network can     |
+# |                                                   | guide itself                               |
+# | EDM2: pixels are x/127.5 - 1, of any deviation    | deviation 0.5, as sigma_data says          |
+# | EDM2: the first step of the warm-up has rate 0    | 1/(warmup_steps + 1) of the rate, so that  |
+# |                                                   | it trains too                              |

@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 import data
-from conftest import Job, call
-from data import UserError, batch_indices, from_network, load_dataset, reading, to_network, to_picture
+import prepare.sets
+from data import batch_indices, from_network, load_dataset, to_network, to_picture
+from helpers import Job, call
+from plumbing.command import UserError, reading
 
 DIGITS, GENERATOR = load_dataset("digits"), np.random.default_rng(0)
 
@@ -121,7 +123,7 @@ def good_sources(folder):
     for end, pack in (("-idx3-ubyte.gz", gzip.compress), (".idx3-ubyte", bytes)):
         write(folder / f"my-labels{end}".replace("idx3", "idx1"), pack(idx(VALUES)))
         yield write(folder / f"my-images{end}", pack(idx(GREY[:, 0]))), GREY, three, 0
-    yield write(folder / "alone", idx(GREY[:, 0])), GREY, [], 0             # told by what it holds
+    yield write(folder / "alone", idx(GREY[:, 0])), GREY, [], 0  # told by what it holds
     raw = {f"raw/{part}-{kind}-ubyte": idx(array) for part, at in (("train", slice(4)), ("t10k", slice(4, 6)))
            for kind, array in (("images-idx3", GREY[at, 0]), ("labels-idx1", VALUES[at]))}
     yield write(folder / "MNIST", raw | {"raw/a.gz": b""}), GREY, three, 2, "left out: 1 .gz"
@@ -156,7 +158,7 @@ def good_sources(folder):
     yield write(folder / "null.zip", PNGS | null), COLOUR, [], 0, "dataset.json has no labels"
     yield write(folder / "shards", PNGS), COLOUR, [], 0, "numbered as EDM does it"
     files = {f"set/class {(10, 2)[i % 2]}/deep/{i}.PNG": png(image) for i, image in enumerate(GREY)}
-    odd = {name.replace("/", "\\"): content for name, content in files.items()}     # as some Windows programs do it
+    odd = {name.replace("/", "\\"): content for name, content in files.items()}  # as some Windows programs do it
     for name, content in (("by-class", files), ("by-class.zip", files), ("odd.zip", odd)):
         yield write(folder / name, content), GREY[[0, 2, 4, 1, 3, 5]], ["class 10"] * 3 + ["class 2"] * 3, 0
     split = {f"{part}/{kind}.npy": saved(np.save, array[at]) for part, at in parts
@@ -173,7 +175,7 @@ def test_every_kind_of_source_comes_back_exact_and_says_what_was_found(tmp_path)
     for path, images, classes, held, *said in good_sources(tmp_path):
         dataset, lines = make_ready(path, f"--name={path.name}", "--holdout=0")
         facts, trained = dataset.facts, len(images) - held
-        names = sorted(set(classes), key=lambda name: (len(name), name))    # "9" comes before "10"
+        names = sorted(set(classes), key=lambda name: (len(name), name))  # "9" comes before "10"
         counts = [classes[:trained].count(name) for name in names]
         listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts))
         said += [f"held out: {held};", f"{len(names)} classes: {listed}" if classes else "no classes"]
@@ -188,7 +190,7 @@ def test_every_kind_of_source_comes_back_exact_and_says_what_was_found(tmp_path)
         assert facts["hashes"] == {name: hashlib.sha256(content).hexdigest() for name, content in (
             ("images", both), ("labels", labels.tobytes()), ("classes", json.dumps(names).encode()))}
         mean, variance = [dataset.images.mean()], [dataset.images.var()]
-        if facts["latent"]:                                                 # of the means, and the posteriors' own
+        if facts["latent"]:  # of the means, and the posteriors' own
             means, deviations = np.split(images.astype(float), 2, axis=1)
             mean, variance = means.mean((0, 2, 3)), means.var((0, 2, 3)) + np.square(deviations).mean((0, 2, 3))
         np.testing.assert_allclose(facts["mean"], mean, rtol=1e-9)
@@ -198,7 +200,7 @@ def test_every_kind_of_source_comes_back_exact_and_says_what_was_found(tmp_path)
 
 def test_pictures_are_turned_upright_cropped_to_the_centre_resized_and_shown_as_they_are(tmp_path):
     wide, exif = random_images(1, 36)[0, 0, :12], Image.Exif()
-    exif[0x0112] = 6                                                        # orientation: turn it right by 90 degrees
+    exif[0x0112] = 6  # orientation: turn it right by 90 degrees
     folder = write(tmp_path / "wide", {"a.png": png(wide[None]), "b.png": png(np.rot90(wide)[None], exif=exif)})
     array = write(tmp_path / "wide.npz", saved(np.savez, np.stack([wide, wide])))
     square, small = wide[:, 12:24], np.asarray(Image.fromarray(wide[:, 12:24]).resize((5, 5), Image.Resampling.LANCZOS))
@@ -207,7 +209,7 @@ def test_pictures_are_turned_upright_cropped_to_the_centre_resized_and_shown_as_
         dataset, lines = make_ready(source, "--holdout=0", *words)
         assert "images not square, cropped to their centre: 2" in lines
         assert np.array_equal(dataset.images, [[picture], [picture]])
-    assert sorted(path.name for path in data.DATASETS.iterdir()) == ["array", "wide", "wide-5"]      # nothing half-made
+    assert sorted(path.name for path in data.DATASETS.iterdir()) == ["array", "wide", "wide-5"]  # nothing half-made
     sheet = np.asarray(Image.open(data.DATASETS / "wide-5" / "contact-sheet.png"))
     assert np.array_equal(sheet[2:62, 2:62], small.repeat(12, 0).repeat(12, 1))
 
@@ -345,7 +347,7 @@ def test_a_set_that_is_there_is_replaced_only_if_asked(tmp_path):
     for words in ((b, "--name=set"), (a, "--name=set", "--size=3")):
         assert "set was made with " in refusal(*words)
     assert np.array_equal(make_ready(b, "--name=set", "--overwrite", "--holdout=0")[0].images, images // 2)
-    assert np.array_equal(first.images, images)                             # who has the old one open keeps it
+    assert np.array_equal(first.images, images)  # who has the old one open keeps it
     assert "--name: " in refusal(a, "--name=../up", "--overwrite")
     assert "mine is there and is no set" in refusal(write(data.DATASETS / "mine", {"a.png": png(images[0])}))
 
@@ -372,9 +374,9 @@ def test_a_download_is_whole_and_has_its_hash_or_is_not_there(tmp_path, monkeypa
     first, second = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
     contents = {first: images, second: gzip.compress(idx(np.arange(20) % 10))}
     files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setitem(data.DOWNLOADS, "fashion-mnist", (f"file://{tmp_path}/served/", files))
+    monkeypatch.setitem(prepare.sets.DOWNLOADS, "fashion-mnist", (f"file://{tmp_path}/served/", files))
     for wrong in ({}, {first: b"<html>"}, {first: images[:-1]}, {first: images[:-1] + b"!"}):
-        write(tmp_path / "served", wrong)                                   # at first there is nothing
+        write(tmp_path / "served", wrong)  # at first there is nothing
         line = refusal("fashion-mnist")
         assert "cannot download file://" in line and f"put the file at {folder}/{first}" in line
         assert not any(folder.iterdir())
@@ -382,7 +384,7 @@ def test_a_download_is_whole_and_has_its_hash_or_is_not_there(tmp_path, monkeypa
     assert make_ready("fashion-mnist")[0].facts["classes"][0] == "T-shirt"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
     shutil.rmtree(served)
-    assert len(make_ready("fashion-mnist", "--overwrite", "--holdout=0")[0]) == 20      # it is not fetched again
+    assert len(make_ready("fashion-mnist", "--overwrite", "--holdout=0")[0]) == 20  # it is not fetched again
 
 
 def test_whatever_goes_wrong_while_reading_becomes_one_line_that_names_it():

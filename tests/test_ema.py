@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from ema import (PowerEMA, inner_products, list_snapshots, load_file, reconstruct, save_file, save_snapshot,
-                 solve_coefficients, std_to_gamma)
+from ema import PowerEMA, inner_products, reconstruct, solve_coefficients, std_to_gamma
+from plumbing.files import load_file, save_file
+from plumbing.snapshots import list_snapshots, load_snapshots, save_snapshot
 
 
 def tracked(values, std, every=1, dtype=torch.float64):
@@ -32,7 +33,7 @@ def test_average_weighs_step_s_by_the_power_function_in_float32_or_better(std, e
 def test_the_power_function_has_the_width_it_is_named_after():
     for std in np.linspace(0.001, 0.288, 50):
         gamma = std_to_gamma(std)
-        assert math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) == pytest.approx(std, rel=1e-9)   # [EDM2, Eq. 123]
+        assert math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2) == pytest.approx(std, rel=1e-9)  # [EDM2, Eq. 123]
 
 
 def profile(t, step, std):
@@ -44,7 +45,7 @@ def profile(t, step, std):
 def test_inner_products_and_best_fit_agree_with_quadrature_and_coefficients_sum_to_1():
     """Gauss-Legendre between the steps, where profiles end; t^(1/4) is its variable, in which the powers are smooth."""
     sources = [(step, std) for step in range(100, 2001, 100) for std in (0.05, 0.10)]
-    targets = [(2000, 0.02), (2000, 0.25), (1500, 0.10)]                    # the last one is a source
+    targets = [(2000, 0.02), (2000, 0.25), (1500, 0.10)]  # the last one is a source
     nodes, weights = np.polynomial.legendre.leggauss(50)
     ends = np.arange(0, 2001, 100) ** 0.25
     u = (ends[:-1, None] * (1 - nodes) + ends[1:, None] * (1 + nodes)) / 2
@@ -113,9 +114,9 @@ def test_snapshots_hold_parameters_in_float16_where_it_can_and_buffers_exact_and
     snapshot = load_file(path)
     assert (snapshot["step"], snapshot["std"], snapshot["info"]) == (12, 0.05, {"model": {"kinds": ["a"]}})
     assert snapshot["buffers"] == ["running_mean", "running_var", "num_batches_tracked"]
-    expected = dict(module.state_dict()) | {"weight": module.weight.data.half()}        # 1e-9 is too small for float16
+    expected = dict(module.state_dict()) | {"weight": module.weight.data.half()}  # 1e-9 is too small for float16
     assert plain(snapshot["weights"]) == plain(expected)
-    module.bias.data.fill_(1e6)                                             # too large for it
+    module.bias.data.fill_(1e6)  # too large for it
     assert load_file(save_snapshot(tmp_path, module, 4, 0.1))["weights"]["bias"].tolist() == [1e6] * 3
     (tmp_path / "0000005-0.050.pt.7.writing").touch(), (tmp_path / "best.pt").touch()
     assert [(step, std) for step, std, _ in list_snapshots(tmp_path)] == [(4, 0.1), (12, 0.05)]
@@ -130,11 +131,11 @@ def test_widths_mixed_from_snapshots_agree_with_widths_tracked_for_comparison(tm
         ema.update(module, step), direct.update(module, step)
         for std in ema.averages if step % 30 == 0 else ():
             save_snapshot(tmp_path, ema.averages[std], step, std)
-    for snapshot in reconstruct(tmp_path, stds=[0.075, 0.15]):
+    for snapshot in reconstruct(load_snapshots(tmp_path), stds=[0.075, 0.15]):
         ours, theirs = snapshot["weights"], direct.averages[snapshot["std"]].state_dict()
         assert torch.dist(ours["weight"], theirs["weight"]) < 1e-3 * theirs["weight"].norm()
         assert torch.equal(ours["running_mean"], theirs["running_mean"]) and snapshot["step"] == 600
-    middle, = reconstruct(tmp_path, [0.05], step=300)                       # a tracked one comes back as it is
+    middle, = reconstruct(load_snapshots(tmp_path, step=300), [0.05])  # a tracked one comes back as it is
     saved = load_file(tmp_path / "0000300-0.050.pt")["weights"]["weight"].float()
     torch.testing.assert_close(middle["weights"]["weight"], saved, rtol=1e-4, atol=1e-5)
 
@@ -142,12 +143,12 @@ def test_widths_mixed_from_snapshots_agree_with_widths_tracked_for_comparison(tm
 def test_a_reconstruction_mixes_tied_parameters_of_any_type_and_warns_of_widths_beyond_the_snapshots(tmp_path, capsys):
     module = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)])
     module[1].weight = module[0].weight
-    sources, values = [(step, 0.1) for step in (4, 8, 12)], [1.0, 1e-9, 3.0]            # the second in float32
+    sources, values = [(step, 0.1) for step in (4, 8, 12)], [1.0, 1e-9, 3.0]  # the second in float32
     for (step, std), value in zip(sources, values):
         module[0].weight.data.fill_(value)
         save_snapshot(tmp_path, module, step, std)
     coefficients, residuals = solve_coefficients(sources, [(12, 0.1), (12, 0.2)])
-    for snapshot, expected in zip(reconstruct(tmp_path, [0.1, 0.2]), values @ coefficients):
+    for snapshot, expected in zip(reconstruct(load_snapshots(tmp_path), [0.1, 0.2]), values @ coefficients):
         first, second = snapshot["weights"].values()
         assert first.item() == second.item() == pytest.approx(expected, rel=1e-5)
     warned = capsys.readouterr().err
@@ -159,5 +160,5 @@ def test_snapshots_that_do_not_fit_together_are_named(tmp_path):
         save_snapshot(tmp_path, torch.nn.Linear(3, 3), step, 0.05)
     for module, info in ((torch.nn.Linear(3, 4), None), (torch.nn.Linear(3, 3), {"model": 1})):
         save_snapshot(tmp_path, module, 8, 0.05, info)
-        with pytest.raises(ValueError, match="0000008-0.050.pt: is of another model than .*0000012-0.050.pt"):
-            reconstruct(tmp_path, [0.1])
+        with pytest.raises(ValueError, match="step 8, width 0.05 belongs to a different model .* step 12, width 0.05"):
+            reconstruct(load_snapshots(tmp_path), [0.1])

@@ -13,36 +13,12 @@ import torch
 from PIL import Image
 
 import train
-from conftest import ROOT, Job, call, make_set
 from data import load_dataset
-from ema import load_file
-
-TINY = [f"--config={ROOT}/configs/digits.toml", "--device=cpu", "--model.depth=2", "--model.width=32",
-        "--model.heads=2", "--log_every=1", "--save_every=10", "--batch=16"]
-
+from helpers import ROOT, TINY, Job, close, done, log, make_set, run, same_losses
+from plumbing.config import load_config
+from plumbing.files import load_file
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def run(*words):
-    result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=170)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def done(*command):
-    result = call(*command)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def same_losses(a, b, rel=1e-4):
-    ours, theirs = ([line["loss"] for line in log(folder) if "loss" in line] for folder in (a, b))
-    return ours == pytest.approx(theirs, rel=rel)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +40,9 @@ def test_training_writes_all_it_promises(trained):
         assert list(line) == ["step", "images", "learning_rate", "loss", "gradient_norm", "token_rms_first",
                               "token_rms_middle", "token_rms_last", "weight_rms"]
         assert line["weight_rms"] == pytest.approx(1, abs=1e-3) and 0.5 < line["token_rms_last"] < 2
-    config = train.load_config(command[1:])
-    config.model = config.model.for_data(8, 1, 10)                          # what a run saves gives the same run
-    assert train.load_config([f"--config={folder / 'config.toml'}"]) == config
+    config = load_config(train.TrainConfig, command[1:])
+    config.model = config.model.for_data(8, 1, 10)  # what a run saves gives the same run
+    assert load_config(train.TrainConfig, [f"--config={folder / 'config.toml'}"]) == config
 
 
 def test_two_processes_follow_the_same_loss_curve_as_one(trained, tmp_path):
@@ -88,7 +64,7 @@ def freeze_input():
 
 def test_plain_compiled_on_latents_with_a_frozen_layer_two_processes_follow_one_that_is_not_compiled(tmp_path):
     latents = np.random.default_rng(0).normal(3, 2, (40, 8, 8, 8)).astype(np.float32)
-    latents[:, 4:] = 1                                                      # standard deviations
+    latents[:, 4:] = 1  # standard deviations
     options = ["--steps=3", "--snapshot_every=1", "--model.depth=1", "--model.block=plain", "--learning_rate=0.001"]
     dataset = make_set(tmp_path / "latents", latents, np.arange(40) % 2, ["a", "b"])
     for processes, compiled in ((1, "false"), (2, "true")):
@@ -113,7 +89,7 @@ def test_two_processes_draw_and_measure_the_same_images_as_one(trained, tmp_path
         done(*command, f"--out={tmp_path / 'one.npz'}")
         assert Job(*[[*command, f"--out={tmp_path / 'two.npz'}", "--batch=4"]] * 2).finish().returncode == [0, 0]
         with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
-            for name, atol in close.items():                                # a pixel may round to the other side
+            for name, atol in close.items():  # a pixel may round to the other side
                 np.testing.assert_allclose(two[name].astype(float), one[name].astype(float), rtol=0, atol=atol)
 
 
@@ -128,7 +104,7 @@ def test_the_distance_of_a_run_to_its_data_is_that_of_its_samples_and_the_data_p
     assert float(result.stdout) == pytest.approx(expected, rel=1e-3)
     assert "digits: 1,697 images, 8x8, grey, as the run's\n" in result.stderr
     (tmp_path / "wide").mkdir()
-    for i, image in enumerate(digits.images[:60, 0]):                       # in colour, and with more at both sides
+    for i, image in enumerate(digits.images[:60, 0]):  # in colour, and with more at both sides
         Image.fromarray(np.dstack([np.pad(image, ((0, 0), (3, 3)))] * 3)).save(tmp_path / "wide" / f"{i:02d}.png")
     np.savez(tmp_path / "same.npz", digits.images[:60, 0])
     wide, same = (done("fid.py", "compare", source, trained[0], "--features=pixels", "--count=60").stdout

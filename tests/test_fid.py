@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import Job, call
-from data import UserError
 from fid import frechet_distance, load_inception, resize
+from helpers import Job, call, second_inception
+from plumbing.command import UserError
 
-PIXELS = np.random.default_rng(0).integers(160, 256, (40, 4, 4), dtype=np.uint8)       # as features: a mean far from 0
+PIXELS = np.random.default_rng(0).integers(160, 256, (40, 4, 4), dtype=np.uint8)  # as features: a mean far from 0
 FLAT = PIXELS.reshape(40, 16).astype(np.float32) / np.float32(127.5) - 1
 
 
@@ -21,13 +21,13 @@ def test_distance_agrees_with_the_matrix_square_root_where_that_works_and_with_c
         root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
         expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
         assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-8)
-        assert frechet_distance(mu1, sigma1, mu1, sigma1) == 0              # exactly
-        assert 0 <= frechet_distance(mu1, sigma1, mu1 + 1e-12, sigma1) < 1e-11          # not negative by rounding
+        assert frechet_distance(mu1, sigma1, mu1, sigma1) == 0  # exactly
+        assert 0 <= frechet_distance(mu1, sigma1, mu1 + 1e-12, sigma1) < 1e-11  # not negative by rounding
         assert frechet_distance(mu1, sigma1, mu2, sigma1) == pytest.approx(((mu1 - mu2) ** 2).sum(), rel=1e-9)
-    zero, u, v = np.zeros(8), *generator.normal(size=(2, 8))                # singular: along one vector each
+    zero, u, v = np.zeros(8), *generator.normal(size=(2, 8))  # singular: along one vector each
     expected = u @ u + v @ v - 2 * abs(u @ v)
     assert frechet_distance(zero, np.outer(u, u), zero, np.outer(v, v)) == pytest.approx(expected, rel=1e-7)
-    zero, low = np.zeros(200), np.cov(generator.normal(size=(200, 20)))     # of rank 19
+    zero, low = np.zeros(200), np.cov(generator.normal(size=(200, 20)))  # of rank 19
     assert frechet_distance(zero, low, zero, 4 * low) == pytest.approx(np.trace(low), rel=1e-7)
 
 
@@ -39,56 +39,6 @@ def test_resize_is_that_of_tensorflow_1():
             points = np.arange(size) * length / size, np.arange(length)
             expected = np.apply_along_axis(lambda row: np.interp(*points, row), axis, expected)
         np.testing.assert_allclose(resize(torch.from_numpy(image), size), expected, atol=1e-12)
-
-
-def second_inception(x):
-    """The network written down once more, from the names and widths of the public weights file: the features of images
-    in -1..1, and the weights, which are made on the way, random but so that activations stay alive."""
-    generator, state = torch.Generator().manual_seed(0), {}
-
-    def conv(x, name, width, kernel=1, **options):
-        rows, columns = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        w = torch.randn(width, x.shape[1], rows, columns, generator=generator)
-        w *= (2 / w[0].numel()) ** 0.5
-        mean, var, gain, bias = (torch.rand(width, generator=generator) * 0.2 + value for value in (0.1, 1, 1, 0.1))
-        state.update({f"{name}.conv.weight": w, f"{name}.bn.weight": gain, f"{name}.bn.bias": bias,
-                      f"{name}.bn.running_mean": mean, f"{name}.bn.running_var": var,
-                      f"{name}.bn.num_batches_tracked": torch.tensor(0)})
-        return F.batch_norm(F.conv2d(x, w, **options), mean, var, gain, bias, eps=1e-3).clamp(min=0)
-
-    def chain(x, name, *layers):                                            # name_1, name_2, ... of unchanged size
-        for i, (width, kernel) in enumerate(layers, 1):
-            x = conv(x, f"{name}_{i}", width, kernel, padding="same")
-        return x
-
-    def average(x):                                                         # over those pixels of a window that exist
-        sums, counts = (F.avg_pool2d(y, 3, 1, 1, divisor_override=1) for y in (x, torch.ones_like(x)))
-        return sums / counts
-
-    row, column = (1, 7), (7, 1)
-    x = conv(conv(x, "Conv2d_1a_3x3", 32, 3, stride=2), "Conv2d_2a_3x3", 32, 3)
-    x = conv(F.max_pool2d(conv(x, "Conv2d_2b_3x3", 64, 3, padding=1), 3, 2), "Conv2d_3b_1x1", 80)
-    x = F.max_pool2d(conv(x, "Conv2d_4a_3x3", 192, 3), 3, 2)
-    for m, width in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-        x = torch.cat([conv(x, f"{m}.branch1x1", 64), chain(x, f"{m}.branch5x5", (48, 1), (64, 5)),
-                       chain(x, f"{m}.branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-                       conv(average(x), f"{m}.branch_pool", width)], 1)
-    double = conv(chain(x, "Mixed_6a.branch3x3dbl", (64, 1), (96, 3)), "Mixed_6a.branch3x3dbl_3", 96, 3, stride=2)
-    x = torch.cat([conv(x, "Mixed_6a.branch3x3", 384, 3, stride=2), double, F.max_pool2d(x, 3, 2)], 1)
-    for m, c in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-        single = chain(x, f"{m}.branch7x7", (c, 1), (c, row), (192, column))
-        double = chain(x, f"{m}.branch7x7dbl", (c, 1), (c, column), (c, row), (c, column), (192, row))
-        x = torch.cat([conv(x, f"{m}.branch1x1", 192), single, double, conv(average(x), f"{m}.branch_pool", 192)], 1)
-    single = conv(chain(x, "Mixed_7a.branch3x3", (192, 1)), "Mixed_7a.branch3x3_2", 320, 3, stride=2)
-    double = chain(x, "Mixed_7a.branch7x7x3", (192, 1), (192, row), (192, column))
-    x = torch.cat([single, conv(double, "Mixed_7a.branch7x7x3_4", 192, 3, stride=2), F.max_pool2d(x, 3, 2)], 1)
-    for m, pool in (("Mixed_7b", average), ("Mixed_7c", lambda x: F.max_pool2d(x, 3, 1, 1))):
-        forks = [(chain(x, f"{m}.branch3x3", (384, 1)), f"{m}.branch3x3_2"),
-                 (chain(x, f"{m}.branch3x3dbl", (448, 1), (384, 3)), f"{m}.branch3x3dbl_3")]
-        pairs = [conv(y, f"{name}{letter}", 384, kernel, padding="same")
-                 for y, name in forks for letter, kernel in (("a", (1, 3)), ("b", (3, 1)))]
-        x = torch.cat([conv(x, f"{m}.branch1x1", 320), *pairs, conv(pool(x), f"{m}.branch_pool", 192)], 1)
-    return x.flatten(2).mean(2), state | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
 
 
 @torch.no_grad()
@@ -131,7 +81,7 @@ def test_statistics_are_numpys_mean_and_covariance_and_sources_of_the_same_image
         assert file["count"] == 40
         np.testing.assert_allclose(file["mu"], mu, rtol=0, atol=1e-10)
         np.testing.assert_allclose(file["sigma"], sigma, rtol=0, atol=1e-10)
-    np.savez("other.npz", mu=mu + 2, sigma=sigma)                           # no count: as pytorch-fid writes it
+    np.savez("other.npz", mu=mu + 2, sigma=sigma)  # no count: as pytorch-fid writes it
     for a, b, expected in (("folder", "samples.npz", 0), ("s.npz", "folder", 0), ("other.npz", "sets/ready", 64)):
         result = call("fid.py", "compare", a, b, "--features=pixels")
         assert float(result.stdout) == pytest.approx(expected, rel=1e-6, abs=1e-9)
@@ -146,7 +96,7 @@ def test_a_torchscript_file_gives_the_features_as_in_use_not_as_in_training(fold
     torch.jit.script(Mean().train()).save("mean.pt")
     assert call("fid.py", "stats", "folder", "--features=mean.pt", "--out=stats.npz").stdout == "stats.npz\n"
     with np.load("stats.npz") as file:
-        np.testing.assert_allclose(file["mu"], [PIXELS.mean()] * 3, rtol=1e-6)          # grey became RGB
+        np.testing.assert_allclose(file["mu"], [PIXELS.mean()] * 3, rtol=1e-6)  # grey became RGB
         np.testing.assert_allclose(file["sigma"], np.full((3, 3), PIXELS.mean((1, 2)).var(ddof=1)), rtol=1e-5)
 
 
@@ -157,7 +107,7 @@ def test_bad_input_is_one_line_that_names_it(folder):
         np.savez(f"{name}.npz", mu=mu, sigma=np.eye(3))
     np.savez("large.npz", arr_0=np.zeros((2, 129, 129, 1), np.uint8))
     (folder / "text.npz").write_text("hello")
-    (folder / "ready").mkdir()                                              # a set is called so too
+    (folder / "ready").mkdir()  # a set is called so too
     for words in [f"--features=pixels {name}.npz" for name in ("text", "code", "small", "odd", "nan", "nowhere")] + [
             f"folder --features={name}" for name in ("text.npz", "flat.pt", "infinite.pt")] + [
             "--features=pixels ready", "large.npz --features=pixels large.npz"]:

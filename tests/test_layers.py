@@ -11,31 +11,15 @@ import torch
 import torch.nn.functional as F
 
 import layers
-from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, force_weight_normalization,
+from helpers import close, rms, turned
+from layers import (MPMLP, MPAttention, MPEmbedding, MPFourier, MPLinear, Modulation, force_weight_normalization,
                     modulate, mp_cat, mp_silu, mp_sum, normalize, rotate)
-
-close = torch.testing.assert_close
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def rms(x):
-    return x.square().mean(-1).sqrt()
-
-
-def turned(x, theta):
-    """Rotation as the multiplication of complex numbers."""
-    z = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * theta)
-    return torch.cat([z.real, z.imag], dim=-1)
 
 
 def test_normalize_divides_by_the_rms_at_any_scale_in_float32_inside():
     x = torch.randn(50, 64) * torch.logspace(-6, 4, 50)[:, None]
     close(normalize(x).double(), x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-8).sqrt())
-    ulp = 2**-7 if torch.__version__ < "2.7" else 2**-8                     # torch 2.6 rounds once more
+    ulp = 2**-7 if torch.__version__ < "2.7" else 2**-8  # torch 2.6 rounds once more
     close(normalize(x.bfloat16()), normalize(x.bfloat16().float()).bfloat16(), rtol=ulp, atol=0)
     assert not normalize(torch.zeros(3, 8)).any()
 
@@ -89,7 +73,7 @@ def test_linear_acts_by_the_directions_of_its_rows_and_keeps_unit_magnitude(fan_
     close(rms(y.flatten()), torch.tensor(1.0), rtol=0.02, atol=0)
     linear.weight.data *= torch.rand(fan_out, 1) * 10
     close(y, x @ F.normalize(linear.weight, dim=1).T, rtol=1e-4, atol=1e-5)
-    close(linear.eval()(x), y, rtol=1e-4, atol=1e-5)                                # in every mode
+    close(linear.eval()(x), y, rtol=1e-4, atol=1e-5)  # in every mode
 
 
 def test_a_step_is_perpendicular_to_each_row_and_lengthens_it_until_forced_normalization_puts_it_back():
@@ -99,9 +83,9 @@ def test_a_step_is_perpendicular_to_each_row_and_lengthens_it_until_forced_norma
     close((gradient * w).sum(1), torch.zeros(16), rtol=0, atol=1e-4)
     for p in (w, table, other):
         p.data *= 3
-    close(torch.autograd.grad(model[0](x).pow(4).sum(), w)[0], gradient / 3)        # longer rows learn less
+    close(torch.autograd.grad(model[0](x).pow(4).sum(), w)[0], gradient / 3)  # longer rows learn less
     w.data -= gradient
-    close(w.square().sum(1), 9 * 32 + gradient.square().sum(1))                     # Pythagoras
+    close(w.square().sum(1), 9 * 32 + gradient.square().sum(1))  # Pythagoras
     assert w.norm(dim=1).min() > 3 * 32**0.5
     direction, output, kept = F.normalize(w, dim=1), model[0](x), other.clone()
     force_weight_normalization(model)
@@ -118,7 +102,7 @@ def test_embedding_gives_the_row_of_its_label_at_rms_1():
 def test_attention_layer_is_softmax_of_cosines_and_its_logits_are_bounded():
     layer, x = MPAttention(16, 2), torch.randn(3, 5, 16) * 100
     heads = (x @ F.normalize(layer.qkv.weight, dim=1).T).view(3, 5, 3, 2, 8).permute(2, 3, 0, 1, 4)
-    q, k, v = F.normalize(heads, dim=-1) * math.sqrt(8)                             # (2, 3, 5, 8)
+    q, k, v = F.normalize(heads, dim=-1) * math.sqrt(8)  # (2, 3, 5, 8)
     logits = q @ k.transpose(-1, -2) / math.sqrt(8)
     assert logits.abs().max() <= math.sqrt(8) + 1e-4
     both = torch.cat(list(logits.softmax(-1) @ v), dim=-1)

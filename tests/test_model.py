@@ -9,20 +9,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from helpers import FAMILIES, awake, close, count_parameters, initial_rms, rms, turned
 from layers import MPMLP, modulate, mp_sum, normalize
-from model import SIZES, Denoiser, DiT, DiTConfig, edm2_loss, magnitudes, position_embedding
-from test_layers import close, rms, seed, turned                            # seed is a fixture that acts here too
+from model import SIZES, Denoiser, DiT, DiTConfig, edm2_loss, position_embedding
+from train import magnitudes
 
 SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=3, num_classes=5)
-FAMILIES = ("mp", "plain")
-
-
-def awake(model):
-    """The model with its zero-initialised gains and layers set to something, so that every part acts."""
-    for p in model.parameters():
-        if not p.any():
-            p.data.normal_(std=0.3)
-    return model
 
 
 @pytest.mark.parametrize("wrong", [
@@ -40,36 +32,16 @@ def test_a_configuration_takes_its_shape_by_name_and_from_the_data_where_it_says
         config = DiTConfig(size=size).for_data(**facts)
         assert config == DiTConfig(size=size, depth=depth, width=width, heads=heads, **facts)
         assert config == DiTConfig(**dataclasses.asdict(config)) == config.for_data(**facts)
-    assert DiTConfig(num_classes=0).for_data(**facts).num_classes == 0                              # unconditional
+    assert DiTConfig(num_classes=0).for_data(**facts).num_classes == 0  # unconditional
     for name in facts:
         with pytest.raises(ValueError, match=f"^{name}: 16, but the dataset has {facts[name]}"):
             DiTConfig(**{name: 16}).for_data(**facts)
-
-
-@torch.no_grad()
-def initial_rms(config):
-    """Token RMS after each block of a new network. magnitudes() must report three of them, and leave no hooks."""
-    denoiser, labels, seen = Denoiser(config), torch.arange(2), []
-    x = torch.randn(2, config.channels, config.image_size, config.image_size) * 1.25**0.5           # c_in makes it 1
-    reported = magnitudes(denoiser, x, torch.ones(2), labels)
-    assert not any(block._forward_hooks for block in denoiser.net.blocks)
-    for block in denoiser.net.blocks:
-        block.register_forward_hook(lambda block, inputs, tokens: seen.append(rms(tokens).mean().item()))
-    denoiser(x, 1.0, labels)
-    names = ("token_rms_first", "token_rms_middle", "token_rms_last", "weight_rms")
-    assert reported == pytest.approx(dict(zip(names, [seen[0], seen[len(seen) // 2], seen[-1], 1])), rel=1e-5)
-    return seen
 
 
 @pytest.mark.parametrize("size, grid", [("XS", 16), ("S", 4)])
 def test_28_magnitude_preserving_blocks_keep_token_rms_near_1_at_initialisation_as_magnitudes_says(size, grid):
     seen = initial_rms(DiTConfig(size=size, depth=28, image_size=2 * grid, channels=4, num_classes=10))
     assert len(seen) == 28 and 0.75 < min(seen) and max(seen) < 1.25
-
-
-def count_parameters(config):
-    with torch.device("meta"):
-        return sum(p.numel() for p in config.network().parameters())
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -119,7 +91,7 @@ def test_mp_block_is_the_papers_equations():
 
 def test_plain_block_is_adaln_zero_around_torchs_attention_and_starts_as_the_identity():
     block, x, cond = DiT(DiTConfig(**SMALL, block="plain")).blocks[0], torch.randn(2, 16, 32), torch.randn(2, 32)
-    x *= 0.01                                                               # so that LayerNorm's eps counts
+    x *= 0.01  # so that LayerNorm's eps counts
     assert torch.equal(block(x, cond), x)
     awake(block)
     reference, weights = nn.MultiheadAttention(32, 2, batch_first=True), block.attention.state_dict()
@@ -143,7 +115,7 @@ def test_position_embedding_is_sines_and_cosines_of_the_row_then_of_the_column()
 def test_mp_positions_have_no_part_in_common_and_the_input_keeps_its_share_at_any_depth():
     position = DiT(DiTConfig(**SMALL)).input.position
     close(rms(position), torch.ones(16))
-    assert F.cosine_similarity(position[:1], position[1:]).min() < -0.1     # uncentred, all are alike: 0.69 and more
+    assert F.cosine_similarity(position[:1], position[1:]).min() < -0.1  # uncentred, all are alike: 0.69 and more
     for depth in (4, 9, 36, 100):
         t = DiTConfig(depth=depth).residual_t
         close(t, 0.6 / depth**0.5)
@@ -157,7 +129,7 @@ def test_denoiser_is_the_formula_of_edms_table_1_and_none_is_the_null_label(bloc
     norm = (s**2 + 0.25).sqrt()
     out = denoiser.net(x / norm, sigma.log() / 4, labels)
     close(denoiser(x, sigma, labels), 0.25 / norm**2 * x + s * 0.5 / norm * out, rtol=1e-4, atol=1e-4)
-    close(denoiser(x, 1e-6), x, rtol=0, atol=1e-4)                          # without noise nothing is left to do
+    close(denoiser(x, 1e-6), x, rtol=0, atol=1e-4)  # without noise nothing is left to do
     assert torch.equal(denoiser(x, 2.0), denoiser(x, torch.full((3,), 2.0), torch.tensor([5, 5, 5])))
     assert (denoiser(x, 2.0) - denoiser(x, 2.0, labels))[0].abs().max() > 1e-3
 
@@ -209,12 +181,12 @@ def test_gradients_of_single_images_by_vmap_and_second_derivatives_are_those_of_
 @pytest.mark.parametrize("block", FAMILIES)
 def test_compiled_in_one_graph_network_and_loss_give_eagers_images_values_gradients_and_magnitudes(block):
     loss = Loss(block)
-    images, labels, sigma, _ = loss.batch
+    images, labels, sigma, noise = loss.batch
 
     def results():
-        with torch.no_grad():                                               # compiled before magnitudes sets its hooks
+        with torch.no_grad():  # compiled before magnitudes sets its hooks
             denoised = loss.denoiser(images, 1.0, labels)
-        rms = magnitudes(loss.denoiser, images, sigma, labels)
+        rms = magnitudes(loss.denoiser, images, labels, sigma, noise)
         return denoised, rms, loss(*loss.batch), loss.gradients(*loss.batch)
 
     expected = results()

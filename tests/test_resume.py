@@ -14,12 +14,11 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, Job, call, make_set
 from data import load_dataset
-from ema import digest, load_file, save_file
-from test_end_to_end import TINY, done, log, same_losses
+from helpers import ROOT, TINY, Job, call, done, log, make_set, run, same_losses
+from plumbing.files import digest, load_file, save_file
 
-FUZZ_ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 20))                        # of each kind of file
+FUZZ_ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 20))  # of each kind of file
 KILLS = int(os.environ.get("KILLS", 3))
 BASE = ["train.py", *TINY, "--model.depth=1", "--model.num_classes=0", "--log_every=5", "--save_every=3",
         "--snapshot_every=20"]
@@ -72,8 +71,8 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_the_same(tmp_path, proces
         before = log(killed)[-1]["step"] if killed.exists() else 0
         job = Job(*[command] * processes)
         wait_for_step(killed, before + 5)
-        time.sleep(rng.random() * 0.1)                                      # anywhere, also while saving
-        assert all(process.is_alive() for process in job.processes)         # it was killed, it had not ended
+        time.sleep(rng.random() * 0.1)  # anywhere, also while saving
+        assert all(process.is_alive() for process in job.processes)  # it was killed, it had not ended
         job.finish(0)
     for folder in (killed, tmp_path / "whole"):
         assert Job(*[[*command, f"--out={folder}"]] * processes).finish(600).returncode == [0] * processes
@@ -83,7 +82,7 @@ def test_killed_again_and_again_a_run_ends_bit_for_bit_the_same(tmp_path, proces
 def test_a_key_that_is_newer_than_the_run_has_its_default(whole, copy):
     state = load_file(copy / "state.pt")
     del state["sha256"], state["config"]["model.gain_rate"], state["config"]["flip"]
-    del state["config"]["model.residual_t"]                                 # whose default follows from the depth
+    del state["config"]["model.residual_t"]  # whose default follows from the depth
     save_file(copy / "state.pt", state | {"config": state["config"] | {"later": 7}})
     assert_refused(call(*words(copy, 45)), "was trained with later = 7, not None")
     save_file(copy / "state.pt", state)
@@ -122,17 +121,17 @@ def test_a_crash_at_any_renaming_leaves_a_run_that_goes_on(whole, copy, monkeypa
         replace(*names)
 
     replace, renamings = os.replace, itertools.count()
-    (copy / "state.pt").write_bytes(b"")                                    # set aside, then step 40 is trained again
+    (copy / "state.pt").write_bytes(b"")  # set aside, then step 40 is trained again
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
-        assert call(*words(copy, 40)).returncode == (130 if moment < 8 else 0)          # there are eight
+        assert call(*words(copy, 40)).returncode == (130 if moment < 8 else 0)  # there are eight
     done(*words(copy, 40))
     assert same_run(copy, whole)
 
 
 def test_a_full_disk_leaves_the_state_before_and_no_litter(copy):
     before, files = (copy / "state.pt").read_bytes(), sorted(copy.iterdir())
-    job, limit = Job(words(copy, 80)), len(before) // 2                     # no file may grow beyond it
+    job, limit = Job(words(copy, 80)), len(before) // 2  # no file may grow beyond it
     resource.prlimit(job.processes[0].pid, resource.RLIMIT_FSIZE, (limit, limit))
     assert_refused(job.finish(), "too large", code=1)
     assert (copy / "state.pt").read_bytes() == before and sorted(copy.iterdir()) == files
@@ -142,7 +141,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_written(copy, 
     real, step, bad = train.edm2_loss, itertools.count(41), {41, 44, 45}
     monkeypatch.setattr(train, "edm2_loss", lambda *batch: real(*batch) * (float("nan") if next(step) in bad else 1))
     assert_refused(call(*words(copy, 80)), "the loss of step 45 is not finite")
-    state = load_file(copy / "state.pt")                                  # step 41, where nothing was due, is left out
+    state = load_file(copy / "state.pt")  # step 41, where nothing was due, is left out
     assert state["step"] == 42 and state["losses"][1] == 1 and state["weights"]["net.output.gain"].isfinite()
 
 
@@ -150,7 +149,7 @@ def test_losses_that_are_not_finite_between_lines_of_the_log_are_counted_also_ov
     real, step, bad = train.edm2_loss, itertools.count(41), {41, 43, 48}
     monkeypatch.setattr(train, "edm2_loss", lambda *batch: real(*batch) * (float("nan") if next(step) in bad else 1))
     assert_refused(call(*words(copy, 80, "--log_every=10")), "the loss of step 48 is not finite")
-    result = call(*words(copy, 50, "--log_every=10"))                       # from step 45
+    result = call(*words(copy, 50, "--log_every=10"))  # from step 45
     assert result.returncode == 0 and "warning: up to step 50, 2 losses were not finite" in result.stderr
 
 
@@ -174,14 +173,14 @@ def test_a_damaged_state_is_put_aside_and_the_one_before_it_taken(whole, copy):
     for damaged in (b"", good[:len(good) // 2]):
         (copy / "state.pt").write_bytes(damaged)
         result = done(*words(copy, 40))
-        assert f"warning: {copy / 'state.pt'}: " in result.stderr and "going on from step 39" in result.stderr
+        assert f"warning: {copy / 'state.pt'}: " in result.stderr and "resuming from step 39" in result.stderr
         assert same_run(copy, whole) and (copy / "state-damaged.pt").read_bytes() == damaged
     for name in ("state.pt", "state-previous.pt"):
         (copy / name).write_bytes(b"")
     assert_refused(call(*words(copy, 40)), "state.pt: ", "state-previous.pt: ", "choose another out")
     for name in ("state.pt", "state-previous.pt"):
         (copy / name).unlink()
-    assert_refused(call(*words(copy, 40)), "has snapshots up to step 40, but no state to go on from")
+    assert_refused(call(*words(copy, 40)), "has snapshots up to step 40, but no state to resume from")
 
 
 def test_another_experiment_is_refused_and_a_change_that_may_be_is_noted(whole, copy, tmp_path):
@@ -200,11 +199,12 @@ def test_another_experiment_is_refused_and_a_change_that_may_be_is_noted(whole, 
     assert_refused(call(*words(copy, 50, "--variant=mup")), "was trained with variant = '', not 'mup'", "another out")
     assert_refused(call(*words(copy, 39)), "already trained for 40 steps")
     done(*words(copy, 40))
-    assert same_run(copy, whole)                                            # the same again changes nothing
+    assert same_run(copy, whole)  # the same again changes nothing
     moved = shutil.copytree(ROOT / "datasets" / "digits", tmp_path / "moved")
-    train.log(copy, {"step": 40, "changed": "by a training that saved no state"})
+    with open(copy / "log.jsonl", "a") as file:
+        file.write('{"step": 40, "changed": "by a training that saved no state"}\n')
     result = done(*words(copy, 45, "--learning_rate=0.001", f"--dataset={moved}", "--precision=bfloat16"))
-    known = getattr(torch.cpu, "get_capabilities", dict)()                  # torch 2.6 cannot tell
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 cannot tell
     able = not known or any(has for name, has in known.items() if "bf16" in name)
     assert able != ("emulating it is very slow" in result.stderr)
     *before, changed, last, val_loss = log(copy)

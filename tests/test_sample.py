@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import call
-from data import UserError, make_grid
-from ema import load_file, reconstruct, save_file, save_snapshot
+from data import make_grid
+from ema import reconstruct
+from helpers import awake, call, run
 from model import Denoiser, DiTConfig
+from plumbing.command import UserError
+from plumbing.files import load_file, save_file
+from plumbing.snapshots import load_snapshots, save_snapshot
 from sample import check_guidance, deal_labels, find_label, guided, heun_sampler, load_denoiser, newest_run, sample
-from test_model import awake
 
 
 def test_heun_solves_the_ode_of_gaussian_data_to_second_order_with_2n_minus_1_calls():
@@ -27,7 +29,7 @@ def test_heun_solves_the_ode_of_gaussian_data_to_second_order_with_2n_minus_1_ca
         return m + v / (v + sigma**2) * (x - m)
 
     errors = {steps: (heun_sampler(denoise, noise, "labels", steps=steps) - exact).norm() for steps in (128, 64, 16)}
-    assert errors[128] < 0.01 * exact.norm() and 3.5 < errors[64] / errors[128] < 4.5       # Euler would give 2
+    assert errors[128] < 0.01 * exact.norm() and 3.5 < errors[64] / errors[128] < 4.5  # Euler would give 2
     assert len(calls) == 255 + 127 + 31 and calls[-1] == (pytest.approx(0.002), "labels")
 
 
@@ -62,7 +64,7 @@ def test_guidance_extrapolates_inside_its_interval_and_is_nothing_at_1():
     for count, sigma in ((5, 0.1), (5, 1.0), (5, 9.0)):
         x, labels, null = torch.randn(count, 1, 4, 4), torch.arange(count) % 3, torch.full((count,), 3)
         strong, free, weak = MAIN(x, sigma, labels), MAIN(x, sigma, null), GUIDE(x, sigma, labels)
-        inside = 3 * strong - 2 * weak if sigma == 1.0 else strong          # lo < sigma <= hi
+        inside = 3 * strong - 2 * weak if sigma == 1.0 else strong  # lo < sigma <= hi
         for ours, expected in ((guided(MAIN, 0.0), free), (guided(MAIN, 3.0), 3 * strong - 2 * free),
                                (guided(MAIN, 3.0, GUIDE, interval=(0.1, 1.0)), inside)):
             torch.testing.assert_close(ours(x, sigma, labels), expected, rtol=1e-4, atol=1e-5)
@@ -81,17 +83,17 @@ def test_guides_that_do_not_fit_are_refused():
 
 
 def test_sample_scales_back_to_pixels_or_latents_and_keeps_frames_from_noise_to_image():
-    labels, seeds = [0, 1, 2, 3, 0, 1, 2], range(7)                         # 3: no label
+    labels, seeds = [0, 1, 2, 3, 0, 1, 2], range(7)  # 3: no label
     noise = torch.stack([torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    x = heun_sampler(MAIN, noise, torch.tensor(labels), steps=4)            # of standard deviation 0.5
+    x = heun_sampler(MAIN, noise, torch.tensor(labels), steps=4)  # of standard deviation 0.5
     images = sample(MAIN, FACTS, labels, seeds, steps=4)
     assert torch.equal(images, (x * 120 + 100).round().clamp(0, 255).to(torch.uint8))
     latents = FACTS | {"latent": True}
     torch.testing.assert_close(sample(MAIN, latents, labels, seeds, steps=4), x * 120 + 100)
     frames = sample(GUIDE, FACTS, labels, seeds, frames=True, denoise=MAIN, steps=4)
     assert frames.shape == (7, 5, 1, 4, 4) and torch.equal(frames[:, -1], images)
-    assert (frames[:, 0].float() - (noise * 60 + 100).clamp(0, 255)).abs().max() <= 1       # at sigma_max, the noise
-    assert (frames[:, -2].float() - images.float()).abs().max() <= 3        # at sigma_min, almost the image
+    assert (frames[:, 0].float() - (noise * 60 + 100).clamp(0, 255)).abs().max() <= 1  # at sigma_max, the noise
+    assert (frames[:, -2].float() - images.float()).abs().max() <= 3  # at sigma_min, almost the image
 
 
 def test_an_image_depends_on_its_label_and_seed_alone_whatever_the_batch():
@@ -112,7 +114,7 @@ def test_the_newest_run_is_taken_and_its_widest_average_or_the_width_asked_for_a
     for step in (10, 20):
         narrow, wide = (save_run(tmp_path / "a" / "b", net, std, step) for net, std in ((MAIN, 0.05), (GUIDE, 0.1)))
     run = newest_run(tmp_path)
-    mixed, = reconstruct(run / "ema", [0.07])                               # not tracked: mixed in memory
+    mixed, = reconstruct(load_snapshots(run / "ema"), [0.07])  # not tracked: mixed in memory
     for args, expected in (((run, CPU), load_file(wide)), ((run / "ema", CPU, 0.05), load_file(narrow)),
                            ((narrow, CPU), load_file(narrow)), ((run, CPU, 0.07), mixed)):
         denoiser, facts = load_denoiser(*args)
@@ -159,7 +161,7 @@ def test_every_option_of_the_command_reaches_the_sampler(tmp_path, monkeypatch):
 
     compiled = []
     monkeypatch.setattr("sample.check_compiler", print)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net))       # test_model.py compiles
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net))  # test_model.py compiles
     save_run(tmp_path, MAIN, 0.05, 20), save_run(tmp_path, GUIDE, 0.1, 20), save_run(tmp_path / "other", MAIN)
     plain, *others = [draw(words) for words in (
         "", "--guidance=3", "--guidance=3 --guide-ema=0.05", f"--guidance=2 --guide={tmp_path / 'other'}", "--seed=3",
@@ -169,7 +171,7 @@ def test_every_option_of_the_command_reaches_the_sampler(tmp_path, monkeypatch):
     assert "needs --guidance" in call("sample.py", tmp_path, "--guidance-interval", 1, 2).stderr
     for words in ("--guidance=1 --ema=0.1 --labels ant bee 7 --seed=0", f"--guidance=3 --guide={tmp_path}",
                   "--compile --precision=float32"):
-        assert draw(words) == plain                                         # the defaults; guided by itself
+        assert draw(words) == plain  # the defaults; guided by itself
     assert len(compiled) == 1
 
 
@@ -179,11 +181,11 @@ def test_a_grid_an_animation_and_numbered_pictures_are_of_the_same_images(tmp_pa
         assert call("sample.py", run, "--steps=3", "--columns=2", "--seed=5", words).stdout.strip() == str(out)
     pictures = [np.array(Image.open(numbered / f"{seed:06d}.png")) for seed in range(5, 11)]
     images, movie = torch.tensor(np.stack(pictures))[:, None], Image.open(grid.with_suffix(".gif"))
-    assert len(images.unique(dim=0)) == 6                                   # each of a seed of its own
+    assert len(images.unique(dim=0)) == 6  # each of a seed of its own
     expected, plain = (np.asarray(make_grid(images, 2, names)) for names in (FACTS["classes"], ()))
     assert np.array_equal(Image.open(grid), expected) and movie.n_frames == 4 and movie.info["loop"] == 0
-    assert np.array_equal(plain[2 + 66:, 2 + 66:][:64:16, :64:16], pictures[3])             # row 1, column 1
-    margin = expected.shape[1] - plain.shape[1]                             # names stand at the left of their rows
+    assert np.array_equal(plain[2 + 66:, 2 + 66:][:64:16, :64:16], pictures[3])  # row 1, column 1
+    margin = expected.shape[1] - plain.shape[1]  # names stand at the left of their rows
     assert np.array_equal(expected[:, margin:], plain)
     assert all((expected[top:top + 66, :margin] > 200).any() for top in (0, 66, 132))
     movie.seek(3)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, call
 from data import Dataset, batch_indices, from_network, load_dataset, to_network
+from helpers import ROOT, TINY, call, done, log, run
 from model import DiTConfig, edm2_loss
-from test_end_to_end import TINY, done, log
-from train import (TrainConfig, build, draw_step, flatten, learning_rate, load_config, make_generator, optimizer_step,
-                   prepare_batch, validation_loss)
+from plumbing.config import flatten, load_config
+from train import (TrainConfig, build, draw_step, learning_rate, make_generator, optimizer_step, prepare_batch,
+                   validation_loss)
 
 CPU, DIGITS = torch.device("cpu"), load_dataset("digits")
 TOY = DiTConfig(depth=1, width=16, heads=1)
@@ -39,7 +39,7 @@ def test_random_numbers_never_repeat_within_a_run_and_differ_between_runs():
 
     numbers = [*range(200), *range(2**31 - 100, 2**31 + 100), *range(2**32 - 200, 2**32)]
     assert len({first(number) for number in numbers}) == 600 and first(7) == first(7)
-    assert first(7, seed=5) != first(7, seed=5 + 2**32)                     # torch uses 32 bits of a seed
+    assert first(7, seed=5) != first(7, seed=5 + 2**32)  # torch uses 32 bits of a seed
 
 
 def test_draws_have_the_distributions_of_the_recipe():
@@ -49,7 +49,7 @@ def test_draws_have_the_distributions_of_the_recipe():
     for values, mean, std in ((sigma.log(), -0.4, 1.3), (noise, 0, 1), (images, 0, 0.5), (dropped, 0.1, 0.3)):
         assert values.mean().item() == pytest.approx(mean, abs=0.03)
         assert values.std().item() == pytest.approx(std, abs=0.03)
-    config.model = dataclasses.replace(config.model, num_classes=0)         # unconditional: the null label alone
+    config.model = dataclasses.replace(config.model, num_classes=0)  # unconditional: the null label alone
     assert labels.max() == 10 and (batch_of(config, DIGITS)[1] == 0).all()
     mirrored = (batch_of(dataclasses.replace(config, flip=True), DIGITS)[0] == images.flip(-1)).all((1, 2, 3))
     assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.03)
@@ -74,16 +74,16 @@ def test_a_step_takes_gradients_that_are_not_finite_as_zero_and_leaves_frozen_pa
         p.grad = None if p is frozen else torch.ones_like(p)
     matrix.grad[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     optimizer_step(denoiser, optimizer, 0.05)
-    assert denoiser.net.output.gain.item() == pytest.approx(-0.05)          # Adam's first step, whatever the gradient
+    assert denoiser.net.output.gain.item() == pytest.approx(-0.05)  # Adam's first step, whatever the gradient
     torch.testing.assert_close(denoiser.net.blocks[0].modulation1.gain, torch.full((3,), -0.005))
-    assert (matrix[0, 0] / matrix[0, 1]).item() == pytest.approx(ratio)     # neither moved, but for the row's length
+    assert (matrix[0, 0] / matrix[0, 1]).item() == pytest.approx(ratio)  # neither moved, but for the row's length
     torch.testing.assert_close(frozen, before)
     torch.testing.assert_close(matrix.square().mean(1), torch.ones(16))
 
 
 def test_the_gradient_is_that_of_the_loss_summed_over_channels_and_pixels(tmp_path):
     done("train.py", *TINY, "--steps=1", "--micro_batch=4", f"--out={tmp_path}")
-    config = load_config(TINY)
+    config = load_config(TrainConfig, TINY)
     config.model = config.model.for_data(8, 1, 10)
     denoiser, _, _ = build(config, CPU)
     loss = edm2_loss(denoiser, denoiser.uncertainty, *batch_of(config, DIGITS))
@@ -105,7 +105,7 @@ def test_val_loss_is_the_weighted_error_on_the_held_out_images_whatever_the_run_
     assert value == pytest.approx(expected, rel=0.02) and denoiser.in_bfloat16
     other = TrainConfig(seed=9, p_mean=2.0, flip=True, batch=7, model=dataclasses.replace(config.model, block="plain"))
     assert validation_loss(build(other, CPU)[0], other, DIGITS.holdout) == pytest.approx(value, rel=1e-6)
-    for name, parameter in denoiser.named_parameters():                     # now the network and the labels matter
+    for name, parameter in denoiser.named_parameters():  # now the network and the labels matter
         parameter.data += 0.3 * name.endswith("gain")
     changed = validation_loss(denoiser, config, DIGITS.holdout)
     denoiser.in_bfloat16 = False
@@ -116,9 +116,9 @@ def test_val_loss_is_the_weighted_error_on_the_held_out_images_whatever_the_run_
 
 def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_the_command_line(tmp_path):
     text = 'compile = true\nsteps = 7\nlearning_rate = 1\nema_stds = [0.2]\n[model]\nsize = "XS"\nheads = 8\n'
-    (tmp_path / "a.toml").write_text(text, encoding="utf-8-sig")            # as Windows' editor saves it
+    (tmp_path / "a.toml").write_text(text, encoding="utf-8-sig")  # as Windows' editor saves it
     words = ["--steps=9", "--model.modulation=gate, shift", "--ema_stds=0.1,0.2", "--compile=false", "--p_mean=-.5"]
-    config = load_config([f"--config={tmp_path / 'a.toml'}", *words])
+    config = load_config(TrainConfig, [f"--config={tmp_path / 'a.toml'}", *words])
     assert (config.steps, config.learning_rate, config.batch, config.compile) == (9, 1.0, TrainConfig().batch, "false")
     assert config.model.modulation == ("shift", "gate") and config.ema_stds == (0.1, 0.2) and config.p_mean == -0.5
     assert (config.model.depth, config.model.width, config.model.heads) == (6, 256, 8)
@@ -131,7 +131,7 @@ def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_
     ("depth = 3", "FILE: depth: unknown key; did you mean 'model.depth'?"),
     ('steps = "100"', "FILE: steps: must be a whole number"),
     ("--config=nowhere.toml", "nowhere.toml: there is no such file"),
-    ("--learning=10", "--learning: unknown key; did you mean '--learning_rate'?"),          # not an abbreviation
+    ("--learning=10", "--learning: unknown key; did you mean '--learning_rate'?"),  # not an abbreviation
     ("--seed=1 digits.toml", "digits.toml: unknown key; did you mean '--config=digits.toml'?"),
     ("--xyzzy=1", "--xyzzy: unknown key; see --help; keys of a variant need --variant=NAME"),
     ("--model.channels=3", "channels: 3, but the dataset has 1"),
@@ -141,8 +141,8 @@ def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_
     ("compile = 1", "FILE: compile: must be one of auto, true, false, not 1"),
     ("--device=abacus", "device: 'abacus' cannot be used"),
     ("--model.depth=x", "command line: model.depth: must be a whole number"),
-    ("--variant=plots", "--variant: variants/plots.py is no network to train"),
-    ("variant = 'plots'", "FILE: variants/plots.py is no network to train"),
+    ("--variant=plots", "--variant: there is no variants/plots.py"),
+    ("variant = 'plots'", "FILE: there is no variants/plots.py"),
 ])
 def test_a_mistake_in_the_configuration_is_one_line_that_names_it(tmp_path, text, message):
     (tmp_path / "a.toml").write_text(text)

@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT, call
-from data import UserError, load_dataset
-from ema import digest, load_file
+from data import load_dataset
+from helpers import FAMILIES, ROOT, TINY, awake, call, close, count_parameters, done, initial_rms, log, rms, run
 from layers import normalize
-from model import Denoiser, DiT, DiTConfig, config_class, edm2_loss
+from model import Denoiser, DiT, DiTConfig, edm2_loss
+from plumbing.command import UserError
+from plumbing.config import config_class, load_config
+from plumbing.files import digest, load_file
 from sample import load_denoiser
-from test_end_to_end import TINY, done, log
-from test_layers import close, rms, seed                                    # seed is a fixture that acts here too
-from test_model import FAMILIES, awake, count_parameters, initial_rms
-from train import TrainConfig, build, load_config, optimizer_step
-from variants import ddae, ladder, mup, plots, scalelong, unet, uvit
+from tools import plots, probe
+from train import TrainConfig, build, optimizer_step
+from variants import ddae, ladder, mup, scalelong, unet, uvit
 
 SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=1, num_classes=10)
 UNET = dict(base=16, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, channels=1, num_classes=10)
@@ -53,7 +53,7 @@ def test_the_ends_of_the_ladder_are_the_two_families():
     assert torch.equal(top(*INPUT), mp(*INPUT))
 
     plain, bottom = DiT(DiTConfig(**SMALL, block="plain")), ladder.Config(**SMALL, rung="A").network()
-    for name, weight in as_rung_a(plain.state_dict()).items():              # they also start alike
+    for name, weight in as_rung_a(plain.state_dict()).items():  # they also start alike
         assert bottom.state_dict()[name].std() == pytest.approx(weight.std().item(), rel=0.5), name
     bottom.load_state_dict(as_rung_a(awake(plain).state_dict()))
     close(bottom(*INPUT), plain(*INPUT), rtol=1e-5, atol=1e-5)
@@ -132,20 +132,20 @@ def test_the_contrastive_loss_is_infonce_against_moved_noisy_views_and_trains_th
     loss = student.net.extra_loss(teacher, images, torch.Generator().manual_seed(5))
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters()) and student.net.blocks[0].mlp.up.weight.grad.any()
-    (view, sigma), = views                                                  # without labels
+    (view, sigma), = views  # without labels
     teacher(view, sigma)
     similar = F.cosine_similarity(ours[:, None], teacher.net.projector(teacher.net.summary), dim=-1) / 0.2
     close(loss, 0.5 * (similar.exp().sum(1).log() - similar.diagonal()).mean())
     moved, border = 2 * (view / 2).round(), F.pad(images, (1, 1, 1, 1), mode="replicate")
     assert sigma == 0.2 and (view - moved).std().item() == pytest.approx(0.2, rel=0.1) and (moved != images).any()
     windows = torch.stack([border[:, :, y:y + 8, x:x + 8] for y in range(3) for x in range(3)])
-    assert (windows == moved).flatten(2).all(2).any(0).all()                # moved by an eighth of the side at most
+    assert (windows == moved).flatten(2).all(2).any(0).all()  # moved by an eighth of the side at most
 
 
 def test_the_probe_finds_what_is_linear_and_nothing_else():
     x, held_out = torch.randn(1000, 6), torch.arange(1000) % 5 == 0
     labels = (x @ torch.randn(6, 3)).argmax(1)
-    assert ddae.probe(x, labels, held_out, 3) > 0.95 and ddae.probe(torch.randn(1000, 6), labels, held_out, 3) < 0.55
+    assert probe.probe(x, labels, held_out, 3) > 0.95 and probe.probe(torch.randn(1000, 6), labels, held_out, 3) < 0.55
 
 
 @pytest.mark.parametrize("base", [32, 128])
@@ -161,7 +161,7 @@ def test_mup_scales_hidden_rates_and_the_output_by_width_and_is_the_core_at_the_
     for name, p in net.named_parameters():
         hidden = p.ndim == 2 and not name.startswith(("input.patch", "input.label", "output.linear"))
         assert rates[p] == pytest.approx(scale if hidden else 128 / base if name == "output.linear.bias" else 1), name
-    if block == "plain":                                                    # variances: 1/fan_in, or fixed for inputs
+    if block == "plain":  # variances: 1/fan_in, or fixed for inputs
         stds = {name: net.state_dict()[f"input.{name}.weight"].std().item() for name in ("noise.0", "noise.2", "patch")}
         hidden = 0.02 * (base / 128) ** 0.5
         assert stds == pytest.approx({"noise.0": hidden, "noise.2": hidden, "patch": (2 / (4 + base)) ** 0.5}, rel=0.1)
@@ -180,7 +180,7 @@ def test_with_mup_a_few_steps_change_a_wide_network_as_much_as_a_narrow_one(bloc
 
 
 def test_networks_have_the_published_numbers_of_parameters_and_the_unet_its_attention_in_place():
-    config = load_config([f"--config={ROOT}/configs/imagenet64-unet.toml"]).model.for_data(64, 3, 1000)
+    config = load_config(TrainConfig, [f"--config={ROOT}/configs/imagenet64-unet.toml"]).model.for_data(64, 3, 1000)
     assert count_parameters(config) == pytest.approx(280e6, rel=0.005)
     with torch.device("meta"):
         attention = [number for number, block in enumerate(config.network().blocks) if block.attention]
@@ -225,18 +225,18 @@ def test_the_unet_joins_its_encoders_outputs_the_last_one_first_and_tells_later_
     for block in awake(net).blocks:
         block.register_forward_hook(lambda block, inputs, x: seen.append((*inputs, x)))
     net(*INPUT)
-    inputs, conds, outputs = zip(*seen)                                     # three blocks of the encoder, seven others
+    inputs, conds, outputs = zip(*seen)  # three blocks of the encoder, seven others
     skips = [inputs[0], *outputs[:3]]
     assert [skip.shape[1:] for skip in skips] == [(8, 8, 16), (8, 8, 16), (4, 4, 16), (4, 4, 32)]
     assert [x.shape[1:3] for x in outputs[3:]] == [(4, 4)] * 4 + [(8, 8)] * 3
-    for i, number in ((3, 5), (2, 6), (1, 8), (0, 9)):                      # block 7 doubles
+    for i, number in ((3, 5), (2, 6), (1, 8), (0, 9)):  # block 7 doubles
         x, skip, s = outputs[number - 1], skips[i], skip_factor(net, i, i // 2, skips[i])
         Na, Nb = x.shape[-1], skip.shape[-1]
         both = torch.cat([x / Na**0.5, s * skip / Nb**0.5], dim=-1) * ((Na + Nb) / (1 + s**2)) ** 0.5
-        close(inputs[number], both)                                         # of magnitude 1
-    label = F.pad(F.normalize(net.label.weight, dim=1) * 10**0.5, (0, 1)).T[labels]         # 0 for the null label
+        close(inputs[number], both)  # of magnitude 1
+    label = F.pad(F.normalize(net.label.weight, dim=1) * 10**0.5, (0, 1)).T[labels]  # 0 for the null label
     cond = F.silu((net.noise(c_noise) + label) / 2**0.5) / 0.596
-    summary = normalize(outputs[4].mean((1, 2)))                            # of the last block before the first join
+    summary = normalize(outputs[4].mean((1, 2)))  # of the last block before the first join
     later = (0.7 * cond + 0.3 * net.condition(summary)) / 0.58**0.5
     close(conds, (cond,) * 5 + (later,) * 5)
 
@@ -244,16 +244,16 @@ def test_the_unet_joins_its_encoders_outputs_the_last_one_first_and_tells_later_
 @pytest.mark.parametrize("block", FAMILIES)
 def test_uvit_shows_its_blocks_noise_level_label_and_patches_as_tokens_and_convolves_the_image(block):
     net, tokens = uvit.Config(**SMALL, block=block).network(), []
-    torch.nn.init.normal_(awake(net).conv.weight)                           # it starts as the identity
+    torch.nn.init.normal_(awake(net).conv.weight)  # it starts as the identity
     net.run_blocks = lambda x, cond: tokens.append(x) or x
     x, c_noise, labels = INPUT
     image = net(*INPUT)
-    patches = F.unfold(x, 2, stride=2).transpose(1, 2)                      # (B, T, P²)
+    patches = F.unfold(x, 2, stride=2).transpose(1, 2)  # (B, T, P²)
     noise, label = net.input.fourier(c_noise), net.input.label.weight[labels]
     expected = torch.cat([noise[:, None], label[:, None], net.input.patch(patches)], dim=1) + net.input.position.weight
     close(tokens[0], expected / 2**0.5 if block == "mp" else expected)
     out = tokens[0][:, 2:] if block == "mp" else net.output[0](tokens[0][:, 2:])
-    out = F.fold(net.output[-1](out).transpose(1, 2), 8, 2, stride=2)       # the patches side by side
+    out = F.fold(net.output[-1](out).transpose(1, 2), 8, 2, stride=2)  # the patches side by side
     close(image, net.gain * convolved(net.conv, out) if block == "mp" else net.conv(out), rtol=1e-4, atol=1e-5)
 
 
@@ -304,7 +304,7 @@ def test_a_plot_has_a_line_and_a_name_for_each_curve_and_each_point_lies_where_i
     plots.save_plot(tmp_path / "plot.svg", curves, "step", "loss")
     parts = list(ElementTree.parse(tmp_path / "plot.svg").getroot())
     for line, label in zip(parts, parts[1:]):
-        if line.tag.endswith("path"):                                       # a line of the grid, then its label
+        if line.tag.endswith("path"):  # a line of the grid, then its label
             x, y, direction = re.fullmatch(r"M([\d.]+) ([\d.]+)([VH])[\d.]+", line.get("d")).groups()
             value = float(label.text)
             grid[direction].append((value, float(x)) if direction == "V" else (axis(value), float(y)))
@@ -315,21 +315,21 @@ def test_a_plot_has_a_line_and_a_name_for_each_curve_and_each_point_lies_where_i
         np.testing.assert_allclose([list(map(float, point.split(","))) for point in line], places, atol=0.2)
     names = {part.text: float(part.get("y")) for part in parts if part.get("text-anchor") == "start"}
     title = "loss" if axis is float else "loss (logarithmic)"
-    assert list(names) == [*curves, title] and abs(names["other"] - names[next(iter(curves))]) > 13       # legible
+    assert list(names) == [*curves, title] and abs(names["other"] - names[next(iter(curves))]) > 13  # legible
 
 
 @pytest.mark.parametrize("variant, key", [("ladder", "--model.rung=C"), ("scalelong", "--model.skip_scaling=learned"),
                                           ("ddae", "--micro_batch=8"), ("mup", "--model.base_width=16"),
                                           ("unet", "--model.base=4"), ("uvit", "--model.block=mp")])
 def test_a_variant_trains_resumes_and_samples_by_its_recipe_like_the_core(tmp_path, variant, key):
-    tiny = [word for word in TINY if variant != "unet" or not word.startswith("--model.")]      # of a transformer
+    tiny = [word for word in TINY if variant != "unet" or not word.startswith("--model.")]  # of a transformer
     recipe = [*tiny, f"--config={ROOT}/configs/{variant}.toml", key, "--dataset=digits", "--snapshot_every=2"]
     for name, steps in (("whole", 4), ("run", 3), ("run", 4)):
         done("train.py", *recipe, f"--steps={steps}", f"--out={tmp_path / name}")
     whole, run = (load_file(tmp_path / name / "state.pt") for name in ("whole", "run"))
     assert all(digest(run[part]) == digest(whole[part]) for part in ("weights", "ema", "optimizer"))
     done("sample.py", tmp_path / "whole", "--ema=0.07", "--steps=2", "--columns=1", f"--out={tmp_path / 'a.png'}")
-    assert type(load_denoiser(tmp_path / "whole", CPU)[0].net.config) is config_class(variant)
+    assert type(load_denoiser(tmp_path / "whole", CPU)[0].net.config) is config_class(variant, DiTConfig)
 
 
 def test_the_variant_in_the_readme_works(tmp_path, monkeypatch):
@@ -349,7 +349,8 @@ def test_a_variant_may_draw_random_numbers_and_read_values_while_it_is_built(tmp
     (tmp_path / "variants" / "dropout.py").write_text("""
 from dataclasses import dataclass
 import torch
-from model import DiT, DiTConfig, key
+from model import DiT, DiTConfig
+from plumbing.keys import key
 
 @dataclass
 class Config(DiTConfig):
@@ -368,7 +369,9 @@ class Dropout(DiT):
             x = torch.nn.functional.dropout(block(x, cond), rate, self.training)
         return x
 """)
+    (tmp_path / "variants" / "helpers.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    assert "variants/helpers.py is no network to train" in call("train.py", "--variant=helpers").stderr
     assert "0.5 is 50% [0.5]" in done("train.py", "--help", "--variant=dropout").stdout
     for name, steps in (("whole", 4), ("run", 3), ("run", 4)):
         done("train.py", *TINY, "--variant=dropout", f"--steps={steps}", f"--out={tmp_path / name}")
@@ -399,20 +402,20 @@ def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys):
 
 def test_the_commands_of_variants_print_their_tables_and_draw_their_plots(tmp_path):
     done("train.py", *TINY, "--variant=ddae", "--model.num_classes=0", "--steps=3", f"--out={tmp_path}")
-    accuracies = done("variants.ddae", tmp_path, "--sigma", 0.2).stdout.splitlines()[2].split()[1:]
+    accuracies = done("tools.probe", tmp_path, "--sigma", 0.2).stdout.splitlines()[2].split()[1:]
     assert len(accuracies) == 2 and all(10 < float(value.rstrip("%")) < 100 for value in accuracies)
     deviations = done("variants.scalelong", tmp_path, "--after", 0).stdout.splitlines()[2].split()[1:]
     for column, name in enumerate(("token_rms_first", "token_rms_middle", "token_rms_last", "gradient_norm")):
         a, b, c = values = [line[name] for line in log(tmp_path) if name in line]
         assert deviations[2 * column:][:2] == [f"{np.std(values):.4f}", f"({abs(c - 2 * b + a) / 2:.4f})"]
     done("variants.mup", "--widths", 32, 64, "--steps=2", "--seeds=1", f"--out={tmp_path / 'mup.svg'}")
-    done("variants.plots", tmp_path, "--key=loss,weight_rms", f"--out={tmp_path / 'loss.svg'}")
+    done("tools.plots", tmp_path, "--key=loss,weight_rms", f"--out={tmp_path / 'loss.svg'}")
     assert [(tmp_path / name).read_text().count("<polyline") for name in ("mup.svg", "loss.svg")] == [4, 2]
 
 
 def test_the_classifier_knows_held_out_images_and_fid_tells_digits_from_noise_by_its_features(tmp_path):
     features, noise = tmp_path / "features.pt", tmp_path / "noise.npz"
-    said = done("variants.classifier", "digits", "--epochs=8", f"--out={features}").stdout
+    said = done("tools.classifier", "digits", "--epochs=8", f"--out={features}").stdout
     assert float(re.match(r"accuracy on 100 held-out images: ([0-9.]+)%", said)[1]) > 90
     np.savez(noise, arr_0=np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8))
     near, far = (float(done("fid.py", "compare", "digits", other, f"--features={features}").stdout)
@@ -426,7 +429,7 @@ def test_mistakes_are_one_line_that_names_the_key():
                                 (unet, "block", "plain"), (unet, "multipliers", (1,) * 5)):
         with pytest.raises(ValueError, match=f"^{name}: .*$"):
             module.Config(**(UNET if module is unet else SMALL) | {name: value})
-    for command, word in (("ddae", "nowhere"), ("scalelong", "nowhere"), ("plots", "nowhere"), ("mup", "--out=a.png"),
-                          ("classifier", "nowhere")):
-        result = call(f"variants.{command}", word)
+    for command, word in (("tools.probe", "nowhere"), ("variants.scalelong", "nowhere"), ("tools.plots", "nowhere"),
+                          ("variants.mup", "--out=a.png"), ("tools.classifier", "nowhere")):
+        result = call(command, word)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and word[:5] in result.stderr

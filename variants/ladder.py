@@ -31,7 +31,9 @@ import torch.nn.functional as F
 
 from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention, modulate, mp_silu,
                     mp_sum, normalize)
-from model import DiT, DiTConfig, PlainAttention, init_linears, key, position_embedding
+from model import DiT, DiTConfig, PlainAttention, init_linears, position_embedding
+from plumbing.keys import key
+
 
 @dataclass
 class Config(DiTConfig):
@@ -85,7 +87,7 @@ class ZeroModulation(nn.Module):
         self.gain = nn.Parameter(torch.zeros(count)) if config.rung >= "C" else None
 
     def forward(self, cond):
-        values = self.linear(cond).unflatten(-1, (-1, 1, cond.shape[-1]))   # (B, count, 1, D)
+        values = self.linear(cond).unflatten(-1, (-1, 1, cond.shape[-1]))  # (B, count, 1, D)
         scale, shift, *gate = (values if self.gain is None else values * self.gain[:, None, None]).unbind(1)
         return None, scale, shift, gate[0] if gate else 0.0
 
@@ -138,7 +140,7 @@ class Input(nn.Module):
         self.register_buffer("position", position, persistent=False)
 
     def forward(self, patches, c_noise, labels):
-        if self.rung >= "C":                                                # a constant instead of a bias
+        if self.rung >= "C":  # a constant instead of a bias
             patches = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1)
         x = self.patch(patches)
         x = mp_sum(x, self.position, t=0.5) if self.rung >= "H" else x + self.position

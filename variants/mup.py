@@ -33,11 +33,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data import Parser, UserError, batch_indices, load_dataset, number, run_main
+from data import batch_indices, load_dataset
 from layers import MPLinear
-from model import DiT, DiTConfig, edm2_loss, key
+from model import DiT, DiTConfig, edm2_loss
+from plumbing.command import Parser, UserError, between, run_main
+from plumbing.keys import key
+from tools.plots import save_plot
 from train import TrainConfig, build, draw_step, optimizer_step, prepare_batch
-from variants.plots import save_plot
 
 
 @dataclass
@@ -58,7 +60,7 @@ class MuDiT(DiT):
         if config.block == "plain":
             inputs, (first, _, second) = self.input.patch, self.input.noise
             fan_in = inputs.in_features
-            with torch.no_grad():           # with growing width, Xavier gets too small here and N(0, 0.02²) too large
+            with torch.no_grad():  # with growing width, Xavier gets too small here and N(0, 0.02²) too large
                 inputs.weight *= math.sqrt((fan_in + config.width) / (fan_in + config.base_width))
                 first.weight *= self.growth**-0.5
                 second.weight *= self.growth**-0.5
@@ -68,7 +70,7 @@ class MuDiT(DiT):
         rates = super().lr_scale
         rates |= {module.weight: self.scale for module in self.modules() if isinstance(module, (nn.Linear, MPLinear))
                   and module not in (self.input.patch, self.output.linear)}
-        if self.config.block == "plain":                                    # undoes the multiplier for the bias
+        if self.config.block == "plain":  # undoes the multiplier for the bias
             rates[self.output.linear.bias] = self.growth
         return rates
 
@@ -131,11 +133,11 @@ def coordinate_check(widths, steps, seeds, path):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--widths", type=number(int, 32, 16384), nargs="+", default=[64, 128, 256],
+    parser.add_argument("--widths", type=between(int, 32, 16384), nargs="+", default=[64, 128, 256],
                         help="multiples of 32, growing, the first being the base (default: 64 128 256)")
-    parser.add_argument("--steps", type=number(int, 2, 10**6), default=20,
+    parser.add_argument("--steps", type=between(int, 2, 10**6), default=20,
                         help="optimizer steps before looking (default: 20)")
-    parser.add_argument("--seeds", type=number(int, 1, 10**6), default=8,
+    parser.add_argument("--seeds", type=between(int, 1, 10**6), default=8,
                         help="runs to average over; a slope from a single one may be off by 0.2 (default: 8)")
     parser.add_argument("--out", type=Path, default=Path("out/mup.svg"),
                         help="where the plot goes (default: out/mup.svg)")
@@ -145,7 +147,7 @@ def main():
         raise UserError("--widths: must be two or more multiples of 32, growing")
     if args.out.suffix != ".svg" or args.out.is_dir():
         raise UserError(f"--out: {args.out} is not the name of a .svg file")
-    args.out.parent.mkdir(parents=True, exist_ok=True)                      # now rather than after all the work
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # now rather than after all the work
     coordinate_check(args.widths, args.steps, args.seeds, args.out)
 
 

@@ -27,9 +27,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data import Parser, number, reading, run_main
 from layers import MPLinear, mp_cat, normalize
-from model import DiT, DiTConfig, init_linears, key
+from model import DiT, DiTConfig, init_linears
+from plumbing.command import Parser, between, reading, run_main
+from plumbing.keys import key
 
 SCALINGS = ("none", "sqrt", "constant", "learned")
 
@@ -68,7 +69,7 @@ class LearnedScale(nn.Module):
         self.net = nn.Sequential(nn.Linear(tokens, hidden), nn.ReLU(), nn.Linear(hidden, tokens), nn.Sigmoid())
 
     def forward(self, x):
-        means = x.mean(-1, keepdim=True)                                    # (B, ..., 1)
+        means = x.mean(-1, keepdim=True)  # (B, ..., 1)
         return self.net(means.flatten(1)).view(means.shape)
 
 
@@ -117,7 +118,7 @@ class LongSkipDiT(DiT):
         """Tokens and skip i, each (B, T, D) -> tokens (B, T, D)."""
         s = self.scales(i, skip)
         if self.config.block == "mp":
-            both = mp_cat(normalize(x), skip, s / (1 + s))                  # (B, T, 2D)
+            both = mp_cat(normalize(x), skip, s / (1 + s))  # (B, T, 2D)
         else:
             both = torch.cat([x, s * skip], dim=-1)
         return self.joins[i](both).to(x.dtype)
@@ -126,10 +127,10 @@ class LongSkipDiT(DiT):
         skips = []
         for i, block in enumerate(self.blocks):
             partner = len(self.blocks) - 1 - i
-            if partner < i:                                                 # in the second half
+            if partner < i:  # in the second half
                 x = self.join(partner, x, skips[partner])
             x = block(x, cond)
-            if i < len(self.joins):                                         # in the first half
+            if i < len(self.joins):  # in the first half
                 x = normalize(x) if self.config.block == "mp" else x
                 skips.append(x)
         return x
@@ -138,7 +139,7 @@ class LongSkipDiT(DiT):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories; train them with a small log_every")
-    parser.add_argument("--after", type=number(int, 0, 10**9), default=50,
+    parser.add_argument("--after", type=between(int, 0, 10**9), default=50,
                         help="leave out the steps up to this one (default: 50)")
     args = parser.parse_args()
     names = {"token_rms_first": "first", "token_rms_middle": "middle", "token_rms_last": "last",

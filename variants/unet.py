@@ -24,7 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from layers import MPAttention, MPFourier, MPLinear, mp_cat, mp_silu, mp_sum, normalize
-from model import NetworkConfig, key
+from model import NetworkConfig
+from plumbing.keys import key
 from variants.ddae import Summarising, SummaryKeys
 from variants.scalelong import SkipKeys, SkipScales
 
@@ -54,7 +55,7 @@ class MPConv(MPLinear):
         super().__init__(3 * 3 * channels, fan_out)
 
     def forward(self, x):
-        kernels = self.unit_rows().unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)         # (fan_out, C, 3, 3)
+        kernels = self.unit_rows().unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)  # (fan_out, C, 3, 3)
         return F.conv2d(x.permute(0, 3, 1, 2), kernels, padding=1).permute(0, 2, 3, 1)
 
 
@@ -84,13 +85,13 @@ class Block(nn.Module):
         self.attention = MPAttention(width, 1 if width % 64 else width // 64) if attention else None
 
     def branch(self, x, cond):
-        scale = self.gain * self.scale(cond).float()[:, None, None]         # (B, 1, 1, width)
+        scale = self.gain * self.scale(cond).float()[:, None, None]  # (B, 1, 1, width)
         return self.conv2(mp_silu(self.conv1(mp_silu(x)) * (1 + scale)))
 
     def forward(self, x, cond):
         x = self.resample(x) if self.resample else x
         if self.kind == "encoder":
-            x = normalize(self.main(x).float())                             # float: the main path is not in bfloat16
+            x = normalize(self.main(x).float())  # float: the main path is not in bfloat16
             x = mp_sum(x, self.branch(x, cond), t=0.3)
         else:
             x = mp_sum(self.main(x).float(), self.branch(x, cond), t=0.3)
@@ -113,9 +114,9 @@ class UNet(Summarising, nn.Module):
             self.label = MPLinear(config.num_classes, E)
         self.input = MPConv(config.channels + 1, C)
 
-        skips, encoder, decoder = [(C, S)], [], []                          # skips: channels and side of each
+        skips, encoder, decoder = [(C, S)], [], []  # skips: channels and side of each
         for width in widths:
-            if encoder:                                                     # in all levels but the first
+            if encoder:  # in all levels but the first
                 S = S // 2
                 encoder.append(Block("encoder", C, C, E, resample=downsample))
                 skips.append((C, S))
@@ -124,7 +125,7 @@ class UNet(Summarising, nn.Module):
                 C = width
                 skips.append((C, S))
         self.scales = SkipScales(config, [side**2 for _, side in skips])
-        self.middle = len(encoder) + 1                                      # the last block before the first join
+        self.middle = len(encoder) + 1  # the last block before the first join
         self.add_summary(C, E)
 
         for width in reversed(widths):
@@ -149,13 +150,13 @@ class UNet(Summarising, nn.Module):
         """Noise levels (B,), labels (B,) -> (B, E)."""
         cond, count = self.noise(c_noise), self.config.num_classes
         if count:
-            one_hot = labels[:, None] == torch.arange(count, device=labels.device)      # all zeros for the null label
+            one_hot = labels[:, None] == torch.arange(count, device=labels.device)  # all zeros for the null label
             cond = mp_sum(cond, self.label(one_hot * math.sqrt(count)), t=0.5)
         return mp_silu(cond)
 
     def forward(self, x, c_noise, labels):
         cond, x = self.conditioning(c_noise, labels), x.permute(0, 2, 3, 1)
-        x = self.input(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)).float()     # the 1 acts as a bias
+        x = self.input(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)).float()  # the 1 acts as a bias
         skips = [x]
         for number, block in enumerate(self.blocks):
             if block.skip:
@@ -167,4 +168,4 @@ class UNet(Summarising, nn.Module):
                 skips.append(x)
             if number == self.middle:
                 cond = self.summarise(x.flatten(1, 2), cond)
-        return self.gain * self.output(x).permute(0, 3, 1, 2)               # (B, C, S, S)
+        return self.gain * self.output(x).permute(0, 3, 1, 2)  # (B, C, S, S)

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 
 from layers import MPMLP, MPAttention, MPEmbedding, MPFourier, MPLinear, mp_sum
-from model import DiTConfig, PlainAttention, init_linears, key
+from model import DiTConfig, PlainAttention, init_linears
+from plumbing.keys import key
 from variants import scalelong, unet
 
 
@@ -37,7 +38,7 @@ class Input(nn.Module):
         self.fourier = MPFourier(D)
         self.label = Embedding(config.num_classes + 1, D)
         self.patch = Linear(config.channels * config.patch**2, D)
-        self.position = Embedding(2 + config.tokens, D)                     # in the mp family it is also the bias
+        self.position = Embedding(2 + config.tokens, D)  # in the mp family it is also the bias
 
     def forward(self, patches, c_noise, labels):
         x = torch.cat([self.fourier(c_noise)[:, None], self.label(labels)[:, None], self.patch(patches)], dim=1)
@@ -77,7 +78,7 @@ class UViT(scalelong.LongSkipDiT):
         super().__init__(config, (Input, Block, lambda config: Output(*last)), extra_tokens=2)
         if mp:
             self.conv, self.gain = unet.MPConv(C, C), nn.Parameter(torch.zeros(()))
-            self.conv.weight.data = 3 * C**0.5 * nn.functional.pad(torch.eye(C), (4 * C, 4 * C))     # the identity
+            self.conv.weight.data = 3 * C**0.5 * nn.functional.pad(torch.eye(C), (4 * C, 4 * C))  # the identity
         else:
             self.conv = nn.Conv2d(C, C, 3, padding=1, bias=False)
             nn.init.dirac_(self.conv.weight)
@@ -85,5 +86,5 @@ class UViT(scalelong.LongSkipDiT):
             nn.init.zeros_(self.output[-1].weight)
 
     def forward(self, x, c_noise, labels):
-        x = super().forward(x, c_noise, labels)                             # (B, C, S, S)
+        x = super().forward(x, c_noise, labels)  # (B, C, S, S)
         return self.conv(x) if self.config.block == "plain" else self.gain * self.conv(x.movedim(1, 3)).movedim(3, 1)

@@ -1,9 +1,9 @@
 """Draw curves as an SVG that is readable on white and on dark: columns of the log.jsonl of several runs over their
 steps, or one's last values against a key of their configurations; of each run, or means over runs.
 
-    python -m variants.plots out/digits out/plain --key=token_rms_first,token_rms_last --out=rms.svg
-    python -m variants.plots out/rates/* --key=val_loss --by=model.block --out=loss.svg
-    python -m variants.plots out/rates/* --key=val_loss --against=learning_rate --by=model.block --out=rates.svg
+    python -m tools.plots out/digits out/plain --key=token_rms_first,token_rms_last --out=rms.svg
+    python -m tools.plots out/rates/* --key=val_loss --by=model.block --out=loss.svg
+    python -m tools.plots out/rates/* --key=val_loss --against=learning_rate --by=model.block --out=rates.svg
 """
 
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Parser, UserError, reading, run_main
-from ema import atomic_file
+from plumbing.command import Parser, UserError, reading, run_main
+from plumbing.files import atomic_file
 
 COLOURS = ("#3b82c4", "#d9622b", "#2f9e5b", "#9b59b6", "#b8860b", "#7f7f7f")
 
@@ -58,7 +58,7 @@ def save_plot(path, curves, x_label, y_label, x_names=None):
         parts.append(f'<path d="M{left} {at(x0, y)[1]:.1f}H{width - right}" stroke="#80808040"/>')
         parts.append(text(left - 8, at(x0, y)[1] + 4, name, "end"))
     ends, last = sorted(((at(*curve[-1])[1], name) for name, curve in curves.items()), reverse=True), math.inf
-    heights = {name: (last := min(y, last - 14)) for y, name in ends}       # names that would overlap move up
+    heights = {name: (last := min(y, last - 14)) for y, name in ends}  # names that would overlap move up
     for number, (name, curve) in enumerate(curves.items()):
         colour, places = COLOURS[number % len(COLOURS)], [at(x, y) for x, y in curve]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)

@@ -1,9 +1,9 @@
-"""A small classifier whose features judge samples where Inception's say little: `python -m variants.classifier digits`.
+"""A small classifier whose features judge samples where Inception's say little: `python -m tools.classifier digits`.
 
 It learns the classes of a set that data.py prepared, prints its accuracy on the held-out part, and writes its
 features as the TorchScript file that fid.py takes:
 
-    python -m variants.classifier fashion-mnist --out=out/features.pt
+    python -m tools.classifier fashion-mnist --out=out/features.pt
     python fid.py compare out/fashion-mnist fashion-mnist --features=out/features.pt --count=10000
 
 Why: Inception was trained on large colour photographs, and distances between raw pixels hardly see what a picture
@@ -18,9 +18,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Parser, UserError, batch_indices, load_dataset, number, progress, run_main
-from ema import atomic_file
-from sample import choose_device
+from data import batch_indices, load_dataset
+from plumbing.command import Parser, UserError, between, track, run_main
+from plumbing.files import atomic_file
+from plumbing.processes import choose_device
 
 
 class Features(nn.Sequential):
@@ -44,22 +45,22 @@ def in_batches(dataset, index_lists, device):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("dataset", help="name or directory of a set with classes that data.py prepared")
-    parser.add_argument("--epochs", type=number(int, 1, 1000), default=5, help="passes over the images (default: 5)")
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of the initial weights and the order")
+    parser.add_argument("--epochs", type=between(int, 1, 1000), default=5, help="passes over the images (default: 5)")
+    parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the initial weights and the order")
     parser.add_argument("--out", type=Path, default=Path("out/features.pt"), help="default: out/features.pt")
     args = parser.parse_args()
     dataset, device = load_dataset(args.dataset), choose_device()
     classes, side = len(dataset.facts["classes"]), dataset.shape[1]
     if dataset.facts["latent"] or classes < 2 or not dataset.holdout or side < 8:
         raise UserError(f"{args.dataset}: needs images of 8×8 pixels and more, classes, and a held-out part")
-    args.out.parent.mkdir(parents=True, exist_ok=True)                      # fails now rather than after the work
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
     torch.manual_seed(args.seed)
     features, head = Features().to(device), nn.Linear(128, classes, device=device)
     optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], lr=0.002)
     steps = -(-args.epochs * len(dataset) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = (batch_indices(len(dataset), args.seed, 128 * step, 128) for step in range(steps))
-    for images, labels in progress(in_batches(dataset, order, device), "training steps", steps):
+    for images, labels in track(in_batches(dataset, order, device), "training steps", steps):
         optimizer.zero_grad()
         F.cross_entropy(head(features(images)), labels).backward()
         optimizer.step()

@@ -12,11 +12,12 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, "tests")                                                 # where pytest finds the tests' helpers
+sys.path.insert(0, "tests")  # where pytest finds the tests' helpers
 from fid import fold_normalization, inception
 from model import DiTConfig, edm2_loss
-from sample import choose_device, heun_sampler
-from test_fid import second_inception
+from plumbing.processes import choose_device
+from sample import heun_sampler
+from helpers import second_inception
 from train import TrainConfig, build, optimizer_step
 
 NETWORKS = {"digits": (64, {"depth": 4, "width": 96, "heads": 3, "patch": 2, "image_size": 8, "channels": 1}),
@@ -64,7 +65,7 @@ def measure(functions, rounds):
 
 for network, precision in product(args.networks, ("float32", "bfloat16")):
     steps = {}
-    torch.compiler.reset()                                                  # it compiles one code eight times at most
+    torch.compiler.reset()  # it compiles one code eight times at most
     for block, mode in product(("mp", "plain"), ("eager", "compiled")):
         _, step, products = make_step(block, *NETWORKS[network], mode == "compiled", getattr(torch, precision))
         steps |= {f"{block} {mode}": step, f"{block} products": products}
@@ -73,7 +74,7 @@ for network, precision in product(args.networks, ("float32", "bfloat16")):
         share = times[f"{name.split()[0]} products"][1] / least
         print(f"{network:8} {precision:9} {name:15} median {middle:7.1f} ms  least {least:7.1f}  ({share:.0%})")
 denoiser, *_ = make_step("mp", *NETWORKS["DiT-S/4"])
-_, weights = second_inception(torch.zeros(1, 3, 299, 299))                  # random ones, in the layout of the file
+_, weights = second_inception(torch.zeros(1, 3, 299, 299))  # random ones, in the layout of the file
 weights = fold_normalization({name: weight.to(device) for name, weight in weights.items()})
 functions = {"sampling, 18 steps": lambda: heun_sampler(denoiser, torch.randn(32, 4, 32, 32, device=device), steps=18),
              "Inception": lambda: inception(torch.zeros(32, 3, 32, 32, device=device), weights)}

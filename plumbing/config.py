@@ -1,0 +1,120 @@
+"""Configurations out of TOML files and --key=value, and the keys that a variant adds. Nothing here is about diffusion.
+
+A configuration is a dataclass of keys (plumbing/keys.py), one of which, `model`, is itself such a dataclass; `variant`
+says of which file under variants/ that one is."""
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import sys
+import tomllib
+import typing
+from dataclasses import asdict, fields
+
+from plumbing.command import Parser, UserError, existing_file, reading
+from plumbing.keys import check_value
+
+
+def config_class(variant, default):
+    """The class that configures the network: `default`, or Config of variants/<variant>.py. Raises ValueError."""
+    if not variant:
+        return default
+    if not (str(variant).isidentifier() and importlib.util.find_spec(f"variants.{variant}")):
+        raise ValueError(f"there is no variants/{str(variant)[:60]}.py")
+    module = importlib.import_module(f"variants.{variant}")
+    if not hasattr(module, "Config"):
+        raise ValueError(f"variants/{variant}.py is no network to train")
+    return module.Config
+
+
+def flatten(config):
+    """The configuration by dotted names: {"seed": 0, ..., "model.depth": 12, ...}."""
+    top = asdict(config)
+    model = top.pop("model")
+    return top | {f"model.{name}": value for name, value in model.items()}
+
+
+def resumable_keys(config):
+    """The dotted names of keys with which a run may resume although they have other values than before."""
+    names = {f.name for f in fields(config) if f.metadata.get("resumable")}
+    return names | {f"model.{f.name}" for f in fields(config.model) if f.metadata.get("resumable")}
+
+
+def with_newer_keys(saved, config):
+    """A saved configuration by dotted names, and the defaults of those keys of `config` that are newer than it. These
+    may follow from keys that it has, as a residual weight does from the depth, so the classes themselves work them out."""
+    model = {name: saved[f"model.{name}"] for name in asdict(config.model) if f"model.{name}" in saved}
+    return flatten(type(config)(model=type(config.model)(**model))) | saved
+
+
+def parse_text(text, kind):
+    """A word of the command line as TOML would give it: numbers, true and false, lists written a,b,c; else the text."""
+    if typing.get_origin(kind) is tuple:
+        return [parse_text(part.strip(), kind.__args__[0]) for part in text.strip("[]").split(",")]
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        return text
+
+
+def read_table(path):
+    """The keys of a TOML file by dotted names. Raises UserError."""
+    with reading(path):
+        table = tomllib.loads(existing_file(path).read_text(encoding="utf-8-sig"))
+        model = table.pop("model", {})
+        if not isinstance(model, dict):
+            raise ValueError("model must be a table, [model]")
+        return table | {f"model.{name}": value for name, value in model.items()}
+
+
+def add_options(parser, Class, prefix=""):
+    """An option for each key of a configuration class. Returns the dataclass fields by the names of their options."""
+    keys = {f"{prefix}{f.name}": f for f in fields(Class) if f.metadata}
+    for name, f in keys.items():
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        text = f"{f.metadata['doc']} [{default}]".replace("%", "%%")  # which argparse would format
+        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
+    return keys
+
+
+def refuse_unknown(words, table, file, keys, hint):
+    """Raises UserError for the first word of the command line or key of the file that is no key, with the nearest."""
+    words = [word.split("=")[0] for word in words]
+    known = {full.split(".")[-1]: full for full in ("config", *keys)}  # the right key may be in the other table
+    for name in (*words, *(table.keys() - keys.keys())):
+        near = [known[last] for last in difflib.get_close_matches(name.lstrip("-").split(".")[-1], known)]
+        if name.endswith(".toml"):
+            near = [f"config={name}"]
+        if near:
+            nearest = f"--{near[0]}" if name in words else near[0]
+            hint = f"did you mean {nearest!r}?"
+        raise UserError(f"{'' if name in words else f'{file}: '}{name[:300]}: unknown key; {hint}")
+
+
+def load_config(Class, argv):
+    """A `Class` from its defaults, then the TOML file of --config, then --key=value. Raises UserError that names the
+    key and the file. Which keys there are depends on the variant, so the command line is parsed twice: once for
+    --config and --variant, and again for all keys."""
+    parser = Parser(sys.modules[Class.__module__].__doc__)
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of these keys, those with model. under [model]")
+    keys = add_options(parser, Class)
+    first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    table = read_table(first.config) if first.config else {}
+    Default, = (f.default_factory for f in fields(Class) if f.name == "model")
+    with reading("--variant" if "variant" in first else first.config, ValueError):
+        Model = config_class(getattr(first, "variant", table.get("variant", "")), Default)
+    keys |= add_options(parser, Model, "model.")
+    given, unknown = parser.parse_known_args(argv)
+    hint = "see --help" + "; keys of a variant need --variant=NAME" * (Model is Default)
+    refuse_unknown(unknown, table, first.config, keys, hint)
+
+    given = {name: parse_text(text, keys[name].type) for name, text in vars(given).items() if name != "config"}
+    for where, values in ((first.config, table), ("command line", given)):
+        with reading(where):
+            for name, value in values.items():
+                check_value(name, value, keys[name].type, *keys[name].metadata["bounds"])
+    values = table | given
+    model = {name.removeprefix("model."): values.pop(name) for name in list(values) if name.startswith("model.")}
+    with reading("configuration", ValueError):
+        return Class(model=Model(**model), **values)

@@ -1,0 +1,94 @@
+"""Files that are written whole or not at all, and .pt files that are refused when damaged. Nothing here is about
+diffusion."""
+
+import hashlib
+import os
+import socket
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from plumbing.command import reading
+
+FORMAT = 3  # of .pt files; in earlier ones the same weights meant something else
+
+
+@contextmanager
+def atomic_file(path):
+    """A binary file to write: when it is closed it replaces `path` whole; after an error `path` is as it was before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.writing")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind a RuntimeError
+            raise error.__context__
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def digest(value, sha=None):
+    """SHA-256 over a tree of dicts, lists, plain values and tensors: names, types, shapes and bytes.
+    Why: torch.load() does not notice a flipped bit."""
+    sha = sha or hashlib.sha256()
+    if torch.is_tensor(value):
+        if value.nbytes > value.untyped_storage().nbytes():  # strides of 0 can claim any shape
+            raise ValueError("holds a tensor larger than its storage")
+        sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, (dict, list, tuple)):
+        sha.update(f"{type(value).__name__}{len(value)}".encode())
+        for part in value.items() if isinstance(value, dict) else value:
+            digest(part, sha)
+    else:
+        sha.update(f"{type(value).__name__}{value!r};".encode())
+    return sha.hexdigest()
+
+
+def save_file(path, content):
+    """Write a dict of plain values and tensors, with a format number and its digest."""
+    with atomic_file(path) as file:
+        torch.save({"format": FORMAT, "sha256": digest(content)} | content, file)
+
+
+def load_file(path, mmap=False):
+    """What save_file() wrote, and its "sha256", on the CPU, no code unpickled. Raises ValueError for anything else."""
+    try:
+        if not Path(path).is_file():  # opening a pipe would wait for ever
+            raise ValueError("there is no such file")
+        with warnings.catch_warnings(action="ignore"):  # whatever matters is raised
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if content.pop("format", 1) != FORMAT:
+            raise ValueError("was written by another version of this code; train again")
+        sha256 = content.pop("sha256")
+        if sha256 != digest(content):
+            raise ValueError("damaged: its contents do not fit their SHA-256")
+    except Exception as error:  # for a damaged file torch raises all sorts of exceptions
+        text = str(error) if isinstance(error, ValueError) else getattr(error, "strerror", None)
+        text = text or f"damaged, or not a file of this kind ({type(error).__name__})"
+        raise ValueError(f"{path}: {text}") from error
+    return content | {"sha256": sha256}
+
+
+def save_picture(picture, path, **options):
+    """Write a Pillow image as the kind of file that the suffix of `path` says. options: Pillow's."""
+    with atomic_file(path) as file:
+        picture.save(file, format=Path(path).suffix[1:].upper(), **options)
+
+
+def download(url, path, sha256):
+    """Fetch a file unless there is one at `path`. It appears there whole.
+    sha256: its hash, or the first digits of that; a file that is there already is not checked."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # torch.hub has no time-out of its own
+        with reading(f"cannot download {url}; try again, or put the file at {path}"):
+            torch.hub.download_url_to_file(url, str(path), sha256)

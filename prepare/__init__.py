@@ -1,0 +1,1 @@
+"""Whatever images people have, prepared once as sets that training reads."""

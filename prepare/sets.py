@@ -1,0 +1,198 @@
+"""Any source of images prepared once: `python data.py SOURCE` runs this and writes datasets/NAME/.
+
+    python data.py fashion-mnist            # fetched by name: mnist, fashion-mnist, cifar10, cifar100
+    python data.py ~/pictures --size=64     # a folder or zip of images or latents, idx, npz, npy, a CIFAR archive
+
+What a set is made of stands in data.py, how sources are read in prepare/sources.py.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from data import FORMAT, describe, epoch_order, find_set, load_dataset, make_grid, to_network
+from plumbing.command import Parser, UserError, between, differences, reading, track, warn
+from plumbing.files import download
+from prepare.sources import crop_and_resize, open_source
+
+HEADER = 128  # bytes of a .npy file before its values
+
+DOWNLOADS = {  # name: where from, {file: its SHA-256}
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
+        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"}),
+    "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
+        "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"}),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
+        "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/", {
+        "cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"})}
+FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
+def write_images(files, source, made, changes, channels=1):
+    """Write the images of a Source into two open files, those to train on and those held out. Returns their numbers.
+    Unless the source itself holds images out, the hash of an image decides, so that its copies stay together."""
+    changes.clear()
+    first, numbers = None, ([], [])
+    for file in files:
+        file.seek(HEADER)  # which is written last
+        file.truncate()
+    for i in track(range(len(source.images)), "images prepared", len(source.images)):
+        try:
+            image = source.images[i]
+        except UserError as error:
+            if not made["skip_broken"]:
+                raise UserError(f"{error}; --skip-broken leaves such images out") from None
+            warn(f"left out: {error}")
+            changes["that cannot be read, left out"] += 1
+            continue
+        if made["size"] and image.dtype != np.uint8:
+            raise UserError(f"--size: {made['source']} holds latents, which cannot be resized")
+        if len(image) > channels:  # not grey after all: begin again
+            return write_images(files, source, made, changes, len(image))
+        image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
+        first = image if first is None else first
+        C, H, W = image.shape
+        if image.shape != first.shape or H != W:
+            raise UserError(f"{made['source']}: {source.images.names[i]} is {C}x{H}x{W}, the first is "
+                            f"{'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
+                            "pictures so")
+        share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
+        held = share < made["holdout"] if source.held_out is None else bool(source.held_out[i])
+        files[held].write(image)
+        numbers[held].append(i)
+    if not numbers[0]:
+        raise UserError(f"{made['source']}: no image is left to train on")
+    for file, part in zip(files, numbers):
+        file.seek(0)
+        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(part), *first.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == HEADER
+    return numbers
+
+
+def channel_statistics(images):
+    """Mean and standard deviation of all pixels, or of each channel of latents: float64 (1,) or (C,)."""
+    halves = np.split(images, 2, axis=1) if images.dtype == np.float32 else [images.reshape(len(images), 1, -1, 1)]
+    count = halves[0][:, 0].size
+    mean = np.einsum("nchw->c", halves[0], dtype=float) / count
+    square = sum(np.einsum("nchw,nchw->c", half, half, dtype=float) for half in halves) / count
+    return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def contact_sheet(dataset):
+    """Ten images of each of the first 16 classes, or 100 without labels; of latents, three channels of their means."""
+    order, classes, C = epoch_order(len(dataset), 0, 0), dataset.facts["classes"][:16], dataset.shape[0]
+    rows = [order[dataset.labels[order] == label][:10] for label in range(len(classes))]
+    cells = []
+    for row in rows or np.array_split(order[:100], 10):
+        images = torch.from_numpy(dataset.images[row])
+        if dataset.facts["latent"]:
+            images = to_network(images[:, :C], dataset.facts).add(1).mul(127.5).clamp(0, 255)
+        images = images[:, :1 if C < 3 else 3].float()
+        images = torch.nn.functional.interpolate(images, min(dataset.shape[1], 128), mode="area")
+        cells.append(torch.nn.functional.pad(images, (0,) * 7 + (10 - len(row),)))  # short rows end in black
+    return make_grid(torch.cat(cells).to(torch.uint8), 10, classes)
+
+
+def write_set(folder, source, made, changes):
+    """Write a Source as a set into `folder`, prepared as `made` says; `changes` counts what was done to its images."""
+    with (open(folder / "images.npy", "wb", 2**20) as train,  # large buffers: tiny images come fast
+          open(folder / "holdout-images.npy", "wb", 2**20) as holdout):
+        numbers = write_images((train, holdout), source, made, changes)
+    pixels = hashlib.sha256()
+    for part, prefix in zip(numbers, ("", "holdout-")):
+        np.save(folder / f"{prefix}labels.npy", source.labels[part])
+        images = np.load(folder / f"{prefix}images.npy", mmap_mode="r")
+        pixels.update(str(images.shape).encode())  # where the held-out part begins
+        pixels.update(images)
+    hashes = {"images": pixels, "labels": hashlib.sha256(source.labels[numbers[0] + numbers[1]]),
+              "classes": hashlib.sha256(json.dumps(source.classes).encode())}
+    counts = np.bincount(source.labels[numbers[0]], minlength=len(source.classes))
+    if not counts.all():
+        raise UserError(f"{made['source']}: no image of {source.classes[counts.argmin()]!r} is left to train on; "
+                        "choose a lower --holdout")
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    mean, std = channel_statistics(images)
+    if not std.all():
+        raise UserError(f"{made['source']}: all images are alike")
+    facts = {"latent": images.dtype == np.float32, "mean": mean.tolist(), "std": std.tolist(),
+             "classes": source.classes, "counts": counts.tolist(),
+             "hashes": {name: sha.hexdigest() for name, sha in hashes.items()}}
+    about = json.dumps({"format": FORMAT, "made": made, "facts": facts}, indent=1, ensure_ascii=False)
+    (folder / "about.json").write_text(about, encoding="utf-8")
+    contact_sheet(load_dataset(folder)).save(folder / "contact-sheet.png")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("source", help=f"{', '.join(DOWNLOADS)}, or the path of a folder or file")
+    parser.add_argument("--name", help="the set goes to datasets/NAME (default: the source's name, and -SIZE)")
+    parser.add_argument("--size", type=between(int, 1, 8192), help="crop images to their centre, resize to this side")
+    parser.add_argument("--holdout", type=between(float, 0, 0.9), default=0.05,
+                        help="share of the images to hold out, if the source has no test part (default: 0.05)")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no half-made set stays
+    path, named, changes = Path(args.source), args.source in DOWNLOADS, Counter()
+    if not named and not (args.source and path.exists()):
+        hint = "a set of that name is ready" if find_set(args.source) else f"names to download: {', '.join(DOWNLOADS)}"
+        raise UserError(f"{args.source}: there is no such file; {hint}")
+    if named and path.exists():
+        raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")
+    stem = re.sub(r"(\.(zip|npz|npy|tar|tgz|gz))+$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
+    name = args.name or (f"{stem}-{args.size}" if args.size else stem)
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or name == "downloads":
+        raise UserError(f"--name: {name[:60]!r} is not made of letters, digits and . + - _")
+    folder = data.DATASETS / name
+    made = {"source": args.source if named else os.path.abspath(path), "size": args.size, "holdout": args.holdout,
+            "skip_broken": args.skip_broken}
+    if folder.exists() and not (folder / "about.json").is_file():
+        raise UserError(f"{folder} is there and is no set; choose another --name")
+    if folder.exists() and not args.overwrite:
+        with reading(folder):
+            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            other = differences(about.get("made", {}), made)
+        if other:
+            raise UserError(f"{folder} was made with {other}; choose another --name, or --overwrite")
+        lines = [f"{folder} is ready; if its source has changed since, use --overwrite"]
+    else:
+        if named:
+            base, files = DOWNLOADS[args.source]
+            path = data.DATASETS / "downloads" / args.source
+            for file, sha256 in files.items():
+                download(base + file, path / file, sha256)
+            path = path / file if len(files) == 1 else path
+        source = open_source(path, changes)
+        if args.source == "fashion-mnist":
+            source = source._replace(classes=FASHION)
+        with tempfile.TemporaryDirectory(dir=data.DATASETS, prefix=".making-") as making:
+            making = Path(making) / name
+            making.mkdir()
+            write_set(making, source, made, changes)
+            if folder.exists():
+                folder.rename(making.with_name("before"))  # which goes away with what is around it
+            making.rename(folder)
+        lines = source.lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
+    dataset = load_dataset(folder)
+    C, S, _ = dataset.shape
+    mean, std = (", ".join(f"{value:.4g}" for value in dataset.facts[name]) for name in ("mean", "std"))
+    print(describe(dataset.facts))
+    print(f"held out: {len(dataset.holdout or ''):,}; {S}x{S}, channels: {C}, mean {mean}, standard deviation {std}")
+    print(*lines, folder / "contact-sheet.png", sep="\n")
