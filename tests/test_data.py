@@ -43,13 +43,13 @@ def test_the_digits_that_ship_are_the_uci_images():
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
-def test_what_the_network_sees_has_mean_0_and_std_half_and_can_be_undone():
+def test_network_input_has_mean_0_std_half_and_is_undone():
     x = to_network(torch.from_numpy(np.array(DIGITS.images)), DIGITS.facts)
     assert abs(x.mean()) < 1e-4 and abs(x.std() - 0.5) < 1e-3 and x.dtype == torch.float32
     assert np.array_equal(from_network(x, DIGITS.facts), DIGITS.images)
 
 
-def test_an_epoch_feeds_every_image_once_in_an_order_that_does_not_depend_on_how_it_is_asked_for():
+def test_an_epoch_feeds_every_image_once_in_an_order_of_its_own():
     whole = batch_indices(97, seed=3, start=0, count=97 * 3)
     first, second, third = whole.reshape(3, 97)
     assert sorted(first) == sorted(second) == sorted(third) == list(range(97))
@@ -171,7 +171,7 @@ def good_sources(folder):
     yield write(folder / "latents.zip", files), latents, [], 0, "6 latents, ", "4x4, channels: 4"
 
 
-def test_every_kind_of_source_comes_back_exact_and_says_what_was_found(tmp_path):
+def test_every_kind_of_source_comes_back_exact(tmp_path):
     for path, images, classes, held, *said in good_sources(tmp_path):
         dataset, lines = make_ready(path, f"--name={path.name}", "--holdout=0")
         facts, trained = dataset.facts, len(images) - held
@@ -198,7 +198,7 @@ def test_every_kind_of_source_comes_back_exact_and_says_what_was_found(tmp_path)
     assert facts["latent"] and dataset.shape == (4, 4, 4)
 
 
-def test_pictures_are_turned_upright_cropped_to_the_centre_resized_and_shown_as_they_are(tmp_path):
+def test_pictures_are_turned_upright_cropped_and_resized(tmp_path):
     wide, exif = random_images(1, 36)[0, 0, :12], Image.Exif()
     exif[0x0112] = 6  # orientation: turn it right by 90 degrees
     folder = write(tmp_path / "wide", {"a.png": png(wide[None]), "b.png": png(np.rot90(wide)[None], exif=exif)})
@@ -237,7 +237,7 @@ def test_what_pixels_mean_is_kept_or_told(tmp_path):
     assert make_ready(only)[0].shape == (1, 5, 5)
 
 
-def test_links_are_followed_once_give_no_class_its_name_and_count_in_a_tar(tmp_path):
+def test_links_are_followed_once_and_name_no_class(tmp_path):
     folder = write(tmp_path / "set", {f"{'dz'[i % 2]}/{i}.png": png(image) for i, image in enumerate(GREY)})
     (folder / "h").symlink_to(folder / "z"), (tmp_path / "link").mkdir()
     (folder / "z" / "again").symlink_to(folder), (tmp_path / "link" / "set").symlink_to(folder)
@@ -255,7 +255,7 @@ def test_broken_images_are_left_out_if_asked(tmp_path):
     assert np.array_equal(dataset.images, GREY) and "images that cannot be read, left out: 1" in lines
 
 
-def test_large_images_are_small_on_the_contact_sheet_and_a_set_on_another_disk_is_replaced(tmp_path):
+def test_large_images_and_sets_on_another_disk(tmp_path):
     source = write(tmp_path / "big.npz", saved(np.savez, random_images(3, 300)[:, 0]))
     make_ready(source)
     (data.DATASETS / "big").rename(tmp_path / "elsewhere")
@@ -265,7 +265,7 @@ def test_large_images_are_small_on_the_contact_sheet_and_a_set_on_another_disk_i
     assert not (data.DATASETS / "big").is_symlink() and load_dataset("big").shape == (1, 200, 200)
 
 
-def test_copies_of_an_image_are_held_out_together_by_its_hash_whatever_the_rest(tmp_path):
+def test_copies_of_an_image_are_held_out_together(tmp_path):
     images = np.concatenate([random_images(400, 5)] * 2)
     dataset, lines = make_ready(write(tmp_path / "a.npz", saved(np.savez, images[:, 0])), "--holdout=0.2")
     share = [int(hashlib.sha256(image).hexdigest(), 16) / 2**256 for image in images]
@@ -317,7 +317,7 @@ def bad_sources():
     yield "nowhere", {}, "there is no such file"
 
 
-def test_a_bad_source_is_refused_in_one_line_that_names_it_and_nothing_is_left_behind(tmp_path):
+def test_a_bad_source_is_refused_in_one_line_without_litter(tmp_path):
     for name, content, message in bad_sources():
         line = refusal(write(tmp_path / name, content))
         assert message in line and name in line and not any(data.DATASETS.iterdir()), (name, line)
@@ -387,7 +387,7 @@ def test_a_download_is_whole_and_has_its_hash_or_is_not_there(tmp_path, monkeypa
     assert len(make_ready("fashion-mnist", "--overwrite", "--holdout=0")[0]) == 20  # it is not fetched again
 
 
-def test_whatever_goes_wrong_while_reading_becomes_one_line_that_names_it():
+def test_errors_while_reading_become_one_line_with_the_file():
     for error in (RecursionError("deep"), MemoryError(), KeyError("a"), OSError(5, "no disk"), ValueError("a\nb")):
         with pytest.raises(UserError, match="^a.zip: [^\n]*$"), reading("a.zip"):
             raise error
@@ -398,7 +398,7 @@ def test_whatever_goes_wrong_while_reading_becomes_one_line_that_names_it():
 @pytest.mark.parametrize("error, code, line", [
     (UserError("--size: no"), 2, ".*: --size: no\n"), (OSError(28, "disk full"), 1, ".*: .*disk full\n"),
     (KeyboardInterrupt(), 130, ".*: .*\n"), (UserError(""), 2, ""), (ZeroDivisionError("a bug"), None, "")])
-def test_a_script_ends_in_one_line_and_the_code_of_its_kind_of_error_but_a_bug_raises(error, code, line, capsys):
+def test_a_script_ends_in_one_line_but_a_bug_raises(error, code, line, capsys):
     def main():
         raise error
 

@@ -23,7 +23,7 @@ def tracked(values, std, every=1, dtype=torch.float64):
 
 @pytest.mark.parametrize("std, every, dtype, error", [
     (0.05, 1, torch.float64, 1e-9), (0.25, 5, torch.float64, 1e-9), (0.1, 1, torch.bfloat16, 1e-4)])
-def test_average_weighs_step_s_by_the_power_function_in_float32_or_better(std, every, dtype, error):
+def test_average_weighs_steps_by_the_power_function(std, every, dtype, error):
     """Unit impulses read the weights off: each is the integral of the profile t^gamma since the update before."""
     for at in range(every, 61, every):
         weight, power = tracked([float(s == at) for s in range(1, 61)], std, every, dtype), std_to_gamma(std) + 1
@@ -42,7 +42,7 @@ def profile(t, step, std):
     return (gamma + 1) * (t / step) ** gamma / step * (t <= step)
 
 
-def test_inner_products_and_best_fit_agree_with_quadrature_and_coefficients_sum_to_1():
+def test_inner_products_and_best_fit_agree_with_quadrature():
     """Gauss-Legendre between the steps, where profiles end; t^(1/4) is its variable, in which the powers are smooth."""
     sources = [(step, std) for step in range(100, 2001, 100) for std in (0.05, 0.10)]
     targets = [(2000, 0.02), (2000, 0.25), (1500, 0.10)]  # the last one is a source
@@ -61,7 +61,7 @@ def test_inner_products_and_best_fit_agree_with_quadrature_and_coefficients_sum_
     np.testing.assert_allclose(residuals, left, rtol=1e-6, atol=1e-6)
 
 
-def test_the_first_average_is_the_module_inside_its_wrappers_in_eval_mode_and_buffers_follow(tmp_path):
+def test_the_first_average_is_the_unwrapped_module_in_eval_mode(tmp_path):
     module = torch.nn.BatchNorm1d(3)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     wrapped = torch.compile(torch.nn.parallel.DistributedDataParallel(torch.compile(module)))
@@ -81,7 +81,7 @@ def plain(value):
     return (str(value.dtype), tuple(value.shape), value.tolist()) if torch.is_tensor(value) else (type(value), value)
 
 
-def test_a_damaged_or_foreign_file_is_refused_in_one_line_or_is_what_was_saved(tmp_path):
+def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path):
     path, flips = tmp_path / "a.pt", random.Random(0)
     weights = {"w": torch.arange(6.0).view(3, 2).T, "half": torch.ones(3).bfloat16(), "number": torch.tensor(7)}
     saved = {"step": 3, "names": ["a", "b"], "rate": 0.1, "none": None, "weights": weights}
@@ -107,7 +107,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line_or_is_what_was_saved(t
         assert message in refusal(content)
 
 
-def test_snapshots_hold_parameters_in_float16_where_it_can_and_buffers_exact_and_are_listed_oldest_first(tmp_path):
+def test_snapshots_hold_float16_parameters_and_exact_buffers(tmp_path):
     module = torch.nn.BatchNorm1d(3)
     module.weight.data.normal_(), module.bias.data.fill_(1e-9), module(torch.randn(5, 3))
     path = save_snapshot(tmp_path, module, step=12, std=0.05, info={"model": {"kinds": ["a"]}})
@@ -122,7 +122,7 @@ def test_snapshots_hold_parameters_in_float16_where_it_can_and_buffers_exact_and
     assert [(step, std) for step, std, _ in list_snapshots(tmp_path)] == [(4, 0.1), (12, 0.05)]
 
 
-def test_widths_mixed_from_snapshots_agree_with_widths_tracked_for_comparison(tmp_path):
+def test_widths_mixed_from_snapshots_agree_with_tracked_ones(tmp_path):
     torch.manual_seed(0)
     module = torch.nn.BatchNorm1d(200)
     ema, direct = PowerEMA(module), PowerEMA(module, stds=(0.075, 0.15))
@@ -140,7 +140,7 @@ def test_widths_mixed_from_snapshots_agree_with_widths_tracked_for_comparison(tm
     torch.testing.assert_close(middle["weights"]["weight"], saved, rtol=1e-4, atol=1e-5)
 
 
-def test_a_reconstruction_mixes_tied_parameters_of_any_type_and_warns_of_widths_beyond_the_snapshots(tmp_path, capsys):
+def test_reconstruction_mixes_tied_parameters_and_warns(tmp_path, capsys):
     module = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)])
     module[1].weight = module[0].weight
     sources, values = [(step, 0.1) for step in (4, 8, 12)], [1.0, 1e-9, 3.0]  # the second in float32

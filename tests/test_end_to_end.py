@@ -62,7 +62,7 @@ def freeze_input():
     torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
 
 
-def test_plain_compiled_on_latents_with_a_frozen_layer_two_processes_follow_one_that_is_not_compiled(tmp_path):
+def test_two_compiled_processes_follow_one_that_is_not_compiled(tmp_path):
     latents = np.random.default_rng(0).normal(3, 2, (40, 8, 8, 8)).astype(np.float32)
     latents[:, 4:] = 1  # standard deviations
     options = ["--steps=3", "--snapshot_every=1", "--model.depth=1", "--model.block=plain", "--learning_rate=0.001"]
@@ -93,7 +93,7 @@ def test_two_processes_draw_and_measure_the_same_images_as_one(trained, tmp_path
                 np.testing.assert_allclose(two[name].astype(float), one[name].astype(float), rtol=0, atol=atol)
 
 
-def test_the_distance_of_a_run_to_its_data_is_that_of_its_samples_and_the_data_prepared_alike(trained, tmp_path):
+def test_distance_of_a_run_is_that_of_its_samples_to_its_data(trained, tmp_path):
     options = ["--count=200", "--guidance=1.5", "--seed=3", "--ema=0.05"]
     done("sample.py", trained[0], *options, f"--out={tmp_path / 'a.npz'}")
     images, digits = np.load(tmp_path / "a.npz")["arr_0"], load_dataset("digits")

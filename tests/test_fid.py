@@ -13,7 +13,7 @@ PIXELS = np.random.default_rng(0).integers(160, 256, (40, 4, 4), dtype=np.uint8)
 FLAT = PIXELS.reshape(40, 16).astype(np.float32) / np.float32(127.5) - 1
 
 
-def test_distance_agrees_with_the_matrix_square_root_where_that_works_and_with_closed_forms():
+def test_distance_agrees_with_sqrtm_and_closed_forms():
     generator = np.random.default_rng(0)
     for size in (2, 10, *range(30, 51)):
         mu1, mu2 = generator.normal(size=(2, size))
@@ -42,7 +42,7 @@ def test_resize_is_that_of_tensorflow_1():
 
 
 @torch.no_grad()
-def test_network_takes_only_the_public_names_and_shapes_and_agrees_with_a_second_writing_of_it(tmp_path):
+def test_inception_takes_the_public_layout_and_agrees(tmp_path):
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     expected, weights = second_inception((resize(images.float(), 299) - 128) / 128)
     torch.save(weights, tmp_path / "weights.pth")
@@ -73,7 +73,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_statistics_are_numpys_mean_and_covariance_and_sources_of_the_same_images_are_at_no_distance(folder, processes):
+def test_statistics_are_mean_and_covariance_of_any_source(folder, processes):
     words = ["fid.py", "stats", folder / "samples.npz", "--features=pixels", "--batch=7", f"--out={folder / 's.npz'}"]
     assert Job(*[words] * processes).finish().returncode == [0] * processes
     mu, sigma = FLAT.mean(0, dtype=float), np.cov(FLAT.T.astype(float))
@@ -88,7 +88,7 @@ def test_statistics_are_numpys_mean_and_covariance_and_sources_of_the_same_image
         assert f"warning: {b}: 40 images are few for 16" in result.stderr and "warning: other" not in result.stderr
 
 
-def test_a_torchscript_file_gives_the_features_as_in_use_not_as_in_training(folder):
+def test_a_torchscript_file_gives_its_features_in_eval_mode(folder):
     class Mean(torch.nn.Dropout):
         def forward(self, x):
             return F.dropout(x.float().mean(dim=(2, 3)), 0.5, self.training)

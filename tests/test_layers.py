@@ -16,7 +16,7 @@ from layers import (MPMLP, MPAttention, MPEmbedding, MPFourier, MPLinear, Modula
                     modulate, mp_cat, mp_silu, mp_sum, normalize, rotate)
 
 
-def test_normalize_divides_by_the_rms_at_any_scale_in_float32_inside():
+def test_normalize_divides_by_the_rms_at_any_scale():
     x = torch.randn(50, 64) * torch.logspace(-6, 4, 50)[:, None]
     close(normalize(x).double(), x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-8).sqrt())
     ulp = 2**-7 if torch.__version__ < "2.7" else 2**-8  # torch 2.6 rounds once more
@@ -31,7 +31,7 @@ def test_mp_silu_keeps_unit_magnitude():
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
-def test_mp_sum_and_mp_cat_keep_unit_magnitude_and_give_b_the_share_t(t):
+def test_mp_sum_and_mp_cat_keep_rms_1_and_give_b_the_share_t(t):
     a, b, c = normalize(torch.randn(4000, 100)), normalize(torch.randn(4000, 300)), torch.randn(4000, 100)
     both = mp_sum(a, c, t)
     close(rms(both.flatten()), torch.tensor(1.0), rtol=0.01, atol=0)
@@ -43,7 +43,7 @@ def test_mp_sum_and_mp_cat_keep_unit_magnitude_and_give_b_the_share_t(t):
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 4), (3, 5, 4), (4,)])
-def test_rotate_multiplies_complex_numbers_by_unit_ones_so_that_no_norm_changes(shape):
+def test_rotate_multiplies_by_unit_complex_numbers(shape):
     x, theta = torch.randn(3, 5, 8), torch.randn(shape) * 10
     close(rotate(x, theta), turned(x, theta))
     close(rotate(x, theta).norm(dim=-1), x.norm(dim=-1))
@@ -51,13 +51,13 @@ def test_rotate_multiplies_complex_numbers_by_unit_ones_so_that_no_norm_changes(
 
 
 @pytest.mark.parametrize("rotates, scales, shifts", list(itertools.product((False, True), repeat=3)))
-def test_modulate_scales_then_shifts_then_rotates_and_leaves_out_what_is_none(rotates, scales, shifts):
+def test_modulate_scales_then_shifts_then_rotates(rotates, scales, shifts):
     x, theta, scale, shift = torch.randn(2, 3, 8), torch.randn(2, 1, 4), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
     expected = turned(x * (1 + scale * scales) + shift * shifts, theta * rotates)
     close(modulate(x, theta if rotates else None, scale if scales else None, shift if shifts else None), expected)
 
 
-def test_fourier_features_follow_their_formula_and_have_unit_magnitude():
+def test_fourier_features_follow_their_formula_at_rms_1():
     fourier = MPFourier(4096)
     close(rms(fourier(torch.linspace(-2, 2, 9))), torch.ones(9), rtol=0.05, atol=0)
     f, phi = fourier.freqs / (2 * math.pi), fourier.phases / (2 * math.pi)
@@ -66,7 +66,7 @@ def test_fourier_features_follow_their_formula_and_have_unit_magnitude():
 
 
 @pytest.mark.parametrize("fan_in, fan_out", [(64, 256), (256, 64)])
-def test_linear_acts_by_the_directions_of_its_rows_and_keeps_unit_magnitude(fan_in, fan_out):
+def test_linear_acts_by_the_directions_of_its_rows_at_rms_1(fan_in, fan_out):
     linear, x = MPLinear(fan_in, fan_out), torch.randn(2000, fan_in)
     y = linear(x)
     close(rms(linear.weight), torch.ones(fan_out))
@@ -76,7 +76,7 @@ def test_linear_acts_by_the_directions_of_its_rows_and_keeps_unit_magnitude(fan_
     close(linear.eval()(x), y, rtol=1e-4, atol=1e-5)  # in every mode
 
 
-def test_a_step_is_perpendicular_to_each_row_and_lengthens_it_until_forced_normalization_puts_it_back():
+def test_a_step_lengthens_rows_and_forcing_undoes_it():
     model, x = torch.nn.Sequential(MPLinear(32, 16), MPEmbedding(5, 16), torch.nn.Linear(3, 3)), torch.randn(10, 32)
     w, table, other = (module.weight for module in model)
     gradient, = torch.autograd.grad(model[0](x).pow(4).sum(), w)
@@ -99,7 +99,7 @@ def test_embedding_gives_the_row_of_its_label_at_rms_1():
     close(embedding(labels), 8 * F.normalize(embedding.weight[labels], dim=1))
 
 
-def test_attention_layer_is_softmax_of_cosines_and_its_logits_are_bounded():
+def test_attention_is_softmax_of_bounded_cosines():
     layer, x = MPAttention(16, 2), torch.randn(3, 5, 16) * 100
     heads = (x @ F.normalize(layer.qkv.weight, dim=1).T).view(3, 5, 3, 2, 8).permute(2, 3, 0, 1, 4)
     q, k, v = F.normalize(heads, dim=-1) * math.sqrt(8)  # (2, 3, 5, 8)
@@ -109,7 +109,7 @@ def test_attention_layer_is_softmax_of_cosines_and_its_logits_are_bounded():
     close(layer(x), both @ F.normalize(layer.out.weight, dim=1).T, rtol=1e-4, atol=1e-5)
 
 
-def test_mlp_is_two_linears_around_mp_silu_and_keeps_unit_magnitude():
+def test_mlp_is_two_linears_around_mp_silu_at_rms_1():
     mlp, x = MPMLP(128, 512), torch.randn(500, 128)
     hidden = mp_silu(x @ F.normalize(mlp.up.weight, dim=1).T)
     close(mlp(x), hidden @ F.normalize(mlp.down.weight, dim=1).T, rtol=1e-4, atol=1e-5)
@@ -117,7 +117,7 @@ def test_mlp_is_two_linears_around_mp_silu_and_keeps_unit_magnitude():
 
 
 @pytest.mark.parametrize("kinds", [c for n in range(5) for c in itertools.combinations(Modulation.KINDS, n)])
-def test_every_subset_of_modulations_starts_at_zero_and_then_follows_the_conditioning(kinds):
+def test_every_subset_of_modulations_starts_at_zero(kinds):
     modulation, cond, gains, rows = Modulation(8, kinds[::-1]), torch.randn(2, 8), (0.5, -0.7, 0.3, 0.9), []
     if kinds:
         rows = F.normalize(modulation.linear.weight, dim=1).split([4 if kind == "rotate" else 8 for kind in kinds])
@@ -130,7 +130,7 @@ def test_every_subset_of_modulations_starts_at_zero_and_then_follows_the_conditi
         assert all(value.dtype == torch.float32 for value in modulation(cond) if torch.is_tensor(value))
 
 
-def test_every_definition_names_those_it_uses_and_works_pasted_with_two_others_at_most():
+def test_every_definition_works_pasted_with_two_others_at_most():
     """Nothing else stands at the top level but imports, so that nothing else can be missing."""
     _, *nodes = ast.parse(Path(layers.__file__).read_text()).body
     assert {type(node) for node in nodes} <= {ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef}

@@ -21,12 +21,12 @@ SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=3, num_
     dict(width=100, heads=3), dict(width=6, heads=1), dict(patch=3, image_size=8), dict(patch=1, image_size=512),
     dict(modulation=("turn",)), dict(modulation=()), dict(modulation="gate"), dict(block="x"), dict(size=3),
     dict(label_dropout=1.5), dict(label_dropout=math.nan), dict(depth=-1), dict(depth=2.0), dict(depth=True)])
-def test_impossible_configurations_are_refused_by_the_name_of_the_key(wrong):
+def test_impossible_configurations_are_refused_by_key(wrong):
     with pytest.raises(ValueError, match=f"^({'|'.join(wrong)}): .*$"):
         DiTConfig(**wrong)
 
 
-def test_a_configuration_takes_its_shape_by_name_and_from_the_data_where_it_says_nothing_itself():
+def test_a_configuration_takes_its_shape_by_size_and_data():
     facts = dict(image_size=8, channels=3, num_classes=10)
     for size, (depth, width, heads) in SIZES.items():
         config = DiTConfig(size=size).for_data(**facts)
@@ -39,7 +39,7 @@ def test_a_configuration_takes_its_shape_by_name_and_from_the_data_where_it_says
 
 
 @pytest.mark.parametrize("size, grid", [("XS", 16), ("S", 4)])
-def test_28_magnitude_preserving_blocks_keep_token_rms_near_1_at_initialisation_as_magnitudes_says(size, grid):
+def test_28_mp_blocks_keep_token_rms_near_1_at_initialisation(size, grid):
     seen = initial_rms(DiTConfig(size=size, depth=28, image_size=2 * grid, channels=4, num_classes=10))
     assert len(seen) == 28 and 0.75 < min(seen) and max(seen) < 1.25
 
@@ -56,7 +56,7 @@ def test_parameter_counts_are_the_published_ones():
 
 @pytest.mark.parametrize("block", FAMILIES)
 @pytest.mark.parametrize("patch, channels, num_classes", [(1, 1, 10), (2, 3, 0), (8, 4, 1000)])
-def test_output_is_zero_at_initialisation_and_every_parameter_gets_a_gradient(block, patch, channels, num_classes):
+def test_output_starts_at_zero_and_all_have_gradients(block, patch, channels, num_classes):
     sizes = dict(block=block, patch=patch, channels=channels, num_classes=num_classes)
     net, x, labels = DiT(DiTConfig(**SMALL | sizes)), torch.randn(2, channels, 8, 8), torch.tensor([0, num_classes])
     assert torch.equal(net(x, torch.randn(2), labels), torch.zeros_like(x))
@@ -89,7 +89,7 @@ def test_mp_block_is_the_papers_equations():
     close(block(x, cond), h, rtol=1e-4, atol=1e-4)
 
 
-def test_plain_block_is_adaln_zero_around_torchs_attention_and_starts_as_the_identity():
+def test_plain_block_is_adaln_zero_and_starts_as_the_identity():
     block, x, cond = DiT(DiTConfig(**SMALL, block="plain")).blocks[0], torch.randn(2, 16, 32), torch.randn(2, 32)
     x *= 0.01  # so that LayerNorm's eps counts
     assert torch.equal(block(x, cond), x)
@@ -105,14 +105,14 @@ def test_plain_block_is_adaln_zero_around_torchs_attention_and_starts_as_the_ide
     close(block(x, cond), h, rtol=1e-4, atol=1e-4)
 
 
-def test_position_embedding_is_sines_and_cosines_of_the_row_then_of_the_column():
+def test_position_embedding_is_that_of_row_and_column():
     f = 10000 ** (-torch.arange(16) / 16)
     for place, token in enumerate(position_embedding(64, 5)):
         row, column = place // 5 * f, place % 5 * f
         close(token, torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]))
 
 
-def test_mp_positions_have_no_part_in_common_and_the_input_keeps_its_share_at_any_depth():
+def test_mp_positions_are_centred_and_the_input_keeps_its_share():
     position = DiT(DiTConfig(**SMALL)).input.position
     close(rms(position), torch.ones(16))
     assert F.cosine_similarity(position[:1], position[1:]).min() < -0.1  # uncentred, all are alike: 0.69 and more
@@ -123,7 +123,7 @@ def test_mp_positions_have_no_part_in_common_and_the_input_keeps_its_share_at_an
 
 
 @pytest.mark.parametrize("block", FAMILIES)
-def test_denoiser_is_the_formula_of_edms_table_1_and_none_is_the_null_label(block):
+def test_denoiser_is_edms_table_1_and_none_is_the_null_label(block):
     denoiser, sigma = awake(Denoiser(DiTConfig(**SMALL, block=block))), torch.tensor([1e-6, 0.5, 80.0])
     x, s, labels = torch.randn(3, 3, 8, 8), sigma.view(3, 1, 1, 1), torch.tensor([0, 5, 2])
     norm = (s**2 + 0.25).sqrt()
@@ -134,7 +134,7 @@ def test_denoiser_is_the_formula_of_edms_table_1_and_none_is_the_null_label(bloc
     assert (denoiser(x, 2.0) - denoiser(x, 2.0, labels))[0].abs().max() > 1e-3
 
 
-def test_loss_is_the_weighted_error_over_exp_u_plus_u_of_one_linear_over_fourier_features():
+def test_loss_is_the_weighted_error_over_exp_u_plus_u():
     denoiser, y, noise = awake(Denoiser(DiTConfig(**SMALL))), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
     sigma, labels, expected = torch.tensor([0.1, 0.5, 1.0, 10.0]), torch.arange(4), 0
     for i, s in enumerate(sigma.tolist()):
@@ -163,7 +163,7 @@ class Loss(nn.Module):
 
 
 @pytest.mark.parametrize("block", FAMILIES)
-def test_gradients_of_single_images_by_vmap_and_second_derivatives_are_those_of_a_loop(block):
+def test_vmap_and_second_derivatives_are_those_of_a_loop(block):
     loss = Loss(block)
     batch, parameters = [part[:, None] for part in loss.batch], dict(loss.named_parameters())
     direction = {name: torch.randn_like(p) for name, p in parameters.items()}
@@ -179,7 +179,7 @@ def test_gradients_of_single_images_by_vmap_and_second_derivatives_are_those_of_
 
 
 @pytest.mark.parametrize("block", FAMILIES)
-def test_compiled_in_one_graph_network_and_loss_give_eagers_images_values_gradients_and_magnitudes(block):
+def test_compiled_in_one_graph_results_are_those_of_eager(block):
     loss = Loss(block)
     images, labels, sigma, noise = loss.batch
 
@@ -196,7 +196,7 @@ def test_compiled_in_one_graph_network_and_loss_give_eagers_images_values_gradie
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-def test_inductors_code_for_a_branch_gives_eagers_value_and_gradients():
+def test_inductors_code_for_a_branch_gives_eagers_results():
     mlp, inputs = MPMLP(8, 16), [torch.randn(2, 4, 8), torch.randn(2, 1, 4), torch.randn(2, 1, 8)]
     values, parameters = [], [*mlp.parameters(), *(part.requires_grad_() for part in inputs)]
 

@@ -92,7 +92,7 @@ def test_a_key_that_is_newer_than_the_run_has_its_default(whole, copy):
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_to_one_ends_all_after_their_step_and_one_process_goes_on(whole, tmp_path, processes, number):
+def test_a_signal_to_one_ends_all_after_their_step(whole, tmp_path, processes, number):
     job = Job(*[words(tmp_path, 40, "--micro_batch=4")] * processes)
     wait_for_step(tmp_path, 5)
     os.kill(job.processes[-1].pid, number)
@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_state_before_and_no_litter(copy):
     assert (copy / "state.pt").read_bytes() == before and sorted(copy.iterdir()) == files
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_written(copy, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run_unwritten(copy, monkeypatch):
     real, step, bad = train.edm2_loss, itertools.count(41), {41, 44, 45}
     monkeypatch.setattr(train, "edm2_loss", lambda *batch: real(*batch) * (float("nan") if next(step) in bad else 1))
     assert_refused(call(*words(copy, 80)), "the loss of step 45 is not finite")
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_written(copy, 
     assert state["step"] == 42 and state["losses"][1] == 1 and state["weights"]["net.output.gain"].isfinite()
 
 
-def test_losses_that_are_not_finite_between_lines_of_the_log_are_counted_also_over_a_stop(copy, monkeypatch):
+def test_losses_not_finite_are_counted_also_over_a_stop(copy, monkeypatch):
     real, step, bad = train.edm2_loss, itertools.count(41), {41, 43, 48}
     monkeypatch.setattr(train, "edm2_loss", lambda *batch: real(*batch) * (float("nan") if next(step) in bad else 1))
     assert_refused(call(*words(copy, 80, "--log_every=10")), "the loss of step 48 is not finite")
@@ -154,7 +154,7 @@ def test_losses_that_are_not_finite_between_lines_of_the_log_are_counted_also_ov
 
 
 @pytest.mark.parametrize("lost, processes", [("lock", 1), (".", 1), (".", 2)])
-def test_a_training_has_its_run_for_itself_ends_if_that_is_lost_and_locks_no_other_file(tmp_path, lost, processes):
+def test_a_training_owns_its_run_and_ends_if_it_is_lost(tmp_path, lost, processes):
     folder = tmp_path / "run"
     job = Job(*[words(folder, 40000)] * processes)
     wait_for_step(folder, 5)
@@ -168,7 +168,7 @@ def test_a_training_has_its_run_for_itself_ends_if_that_is_lost_and_locks_no_oth
     assert_refused(call(*words(tmp_path, 1)), str(tmp_path / "lock"), code=1)
 
 
-def test_a_damaged_state_is_put_aside_and_the_one_before_it_taken(whole, copy):
+def test_a_damaged_state_is_put_aside_for_the_one_before(whole, copy):
     good = (copy / "state.pt").read_bytes()
     for damaged in (b"", good[:len(good) // 2]):
         (copy / "state.pt").write_bytes(damaged)
@@ -183,7 +183,7 @@ def test_a_damaged_state_is_put_aside_and_the_one_before_it_taken(whole, copy):
     assert_refused(call(*words(copy, 40)), "has snapshots up to step 40, but no state to resume from")
 
 
-def test_another_experiment_is_refused_and_a_change_that_may_be_is_noted(whole, copy, tmp_path):
+def test_another_experiment_is_refused_a_resumable_change_noted(whole, copy, tmp_path):
     assert_refused(call(*words(copy, 50, "--model.width=64", "--seed=3")), "seed = 0, not 3", "width = 32, not 64")
     digits = load_dataset("digits")
     images, labels = (np.concatenate([getattr(part, name) for part in (digits, digits.holdout)])
@@ -214,7 +214,7 @@ def test_another_experiment_is_refused_and_a_change_that_may_be_is_noted(whole, 
     assert changed["step"] == 40 and all(text in changed["changed"] for text in said)
 
 
-def test_processes_that_disagree_all_end_in_one_line_within_seconds(copy, tmp_path):
+def test_processes_that_disagree_end_in_one_line_within_seconds(copy, tmp_path):
     damaged = shutil.copytree(ROOT / "datasets" / "digits", tmp_path / "damaged")
     (damaged / "images.npy").write_bytes(b"")
     other = make_set(tmp_path / "other", np.array(load_dataset("digits").images), np.arange(1697) % 10, ["a"] * 10)

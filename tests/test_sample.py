@@ -16,7 +16,7 @@ from plumbing.snapshots import load_snapshots, save_snapshot
 from sample import check_guidance, deal_labels, find_label, guided, heun_sampler, load_denoiser, newest_run, sample
 
 
-def test_heun_solves_the_ode_of_gaussian_data_to_second_order_with_2n_minus_1_calls():
+def test_heun_solves_the_ode_of_gaussian_data_to_second_order():
     """For Normal(m, v) the ideal denoiser is m + v / (v + sigma²)·(x - m), and the exact solution of the ODE is
     x(sigma) = m + (x(80) - m)·sqrt((v + sigma²) / (v + 80²)); here every pixel has a mean and a variance of its own."""
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ MAIN, GUIDE, CPU = make_denoiser(0), make_denoiser(1), torch.device("cpu")
 FACTS = {"mean": [100.0], "std": [60.0], "latent": False, "classes": ["ant", "bee", "7"], "counts": [5, 2, 3]}
 
 
-def test_guidance_extrapolates_inside_its_interval_and_is_nothing_at_1():
+def test_guidance_extrapolates_inside_its_interval():
     for count, sigma in ((5, 0.1), (5, 1.0), (5, 9.0)):
         x, labels, null = torch.randn(count, 1, 4, 4), torch.arange(count) % 3, torch.full((count,), 3)
         strong, free, weak = MAIN(x, sigma, labels), MAIN(x, sigma, null), GUIDE(x, sigma, labels)
@@ -82,7 +82,7 @@ def test_guides_that_do_not_fit_are_refused():
     check_guidance(config, FACTS, 2.0, GUIDE, FACTS), check_guidance(config, FACTS, 2.0)
 
 
-def test_sample_scales_back_to_pixels_or_latents_and_keeps_frames_from_noise_to_image():
+def test_sample_scales_back_to_data_and_keeps_frames():
     labels, seeds = [0, 1, 2, 3, 0, 1, 2], range(7)  # 3: no label
     noise = torch.stack([torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     x = heun_sampler(MAIN, noise, torch.tensor(labels), steps=4)  # of standard deviation 0.5
@@ -96,7 +96,7 @@ def test_sample_scales_back_to_pixels_or_latents_and_keeps_frames_from_noise_to_
     assert (frames[:, -2].float() - images.float()).abs().max() <= 3  # at sigma_min, almost the image
 
 
-def test_an_image_depends_on_its_label_and_seed_alone_whatever_the_batch():
+def test_an_image_depends_on_its_label_and_seed_alone():
     many = sample(MAIN, FACTS, [i % 3 for i in range(64)], range(64), steps=6)
     alone = sample(MAIN, FACTS, [1], [7], steps=6)
     assert (alone[0].int() - many[7].int()).abs().max() <= 1 and len(many.unique(dim=0)) == 64  # 1: rounding
@@ -107,7 +107,7 @@ def save_run(folder, denoiser, width=0.05, step=10):
     return save_snapshot(folder / "ema", denoiser, step, width, info)
 
 
-def test_the_newest_run_is_taken_and_its_widest_average_or_the_width_asked_for_and_a_file_itself(tmp_path):
+def test_newest_run_and_widest_average_are_the_defaults(tmp_path):
     with pytest.raises(UserError, match="no run with a snapshot .* python train.py"):
         newest_run(tmp_path)
     os.utime(save_run(tmp_path / "c", MAIN), (10**9, 10**9))
@@ -123,7 +123,7 @@ def test_the_newest_run_is_taken_and_its_widest_average_or_the_width_asked_for_a
     assert run == tmp_path / "a" / "b" and len(list(run.rglob("*.pt"))) == 4
 
 
-def test_what_is_no_run_or_snapshot_of_a_denoiser_is_one_line_that_names_it(tmp_path):
+def test_what_is_no_run_or_snapshot_is_one_line_that_names_it(tmp_path):
     config, path = vars(MAIN.net.config), save_run(tmp_path, MAIN)
     whole = {name: value for name, value in load_file(path).items() if name != "sha256"}
     weights = {name: weight for name, weight in whole["weights"].items() if not name.endswith("up.weight")}
@@ -142,7 +142,7 @@ def test_what_is_no_run_or_snapshot_of_a_denoiser_is_one_line_that_names_it(tmp_
         load_denoiser(path, CPU, 0.05)
 
 
-def test_labels_are_dealt_as_often_as_they_occur_in_the_data_in_any_stretch_of_numbers():
+def test_labels_are_dealt_as_often_as_they_occur_in_the_data():
     for counts in ([5, 2, 3], [1] * 10, [60, 1]):
         for numbers in (range(1000), range(500, 1000)):
             dealt = np.bincount(deal_labels(counts, numbers), minlength=len(counts))
@@ -175,7 +175,7 @@ def test_every_option_of_the_command_reaches_the_sampler(tmp_path, monkeypatch):
     assert len(compiled) == 1
 
 
-def test_a_grid_an_animation_and_numbered_pictures_are_of_the_same_images(tmp_path):
+def test_grid_animation_and_pictures_are_of_the_same_images(tmp_path):
     run, grid, numbered = save_run(tmp_path / "run", MAIN), tmp_path / "run" / "grid.png", tmp_path / "numbered"
     for words, out in (("--gif", grid), (f"--out={numbered}", numbered)):
         assert call("sample.py", run, "--steps=3", "--columns=2", "--seed=5", words).stdout.strip() == str(out)

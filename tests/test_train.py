@@ -33,7 +33,7 @@ def test_learning_rate_warms_up_stays_and_falls_as_one_over_sqrt():
     assert learning_rate(10**6, TrainConfig(learning_rate=0.02)) == 0.02
 
 
-def test_random_numbers_never_repeat_within_a_run_and_differ_between_runs():
+def test_random_numbers_never_repeat_within_or_between_runs():
     def first(number, seed=0):
         return str(torch.rand(2, generator=make_generator(TrainConfig(seed=seed), number, CPU)).tolist())
 
@@ -65,7 +65,7 @@ def test_latents_are_drawn_afresh_from_their_posterior():
     np.testing.assert_allclose(images.std(0), std, rtol=0.1)
 
 
-def test_a_step_takes_gradients_that_are_not_finite_as_zero_and_leaves_frozen_parameters_alone():
+def test_a_step_takes_gradients_that_are_not_finite_as_zero():
     model = dataclasses.replace(TOY.for_data(8, 1, 10), gain_rate=0.1)
     denoiser, _, optimizer = build(TrainConfig(model=model), CPU)
     frozen, matrix = denoiser.net.input.label.weight, denoiser.net.blocks[0].attention.out.weight
@@ -81,7 +81,7 @@ def test_a_step_takes_gradients_that_are_not_finite_as_zero_and_leaves_frozen_pa
     torch.testing.assert_close(matrix.square().mean(1), torch.ones(16))
 
 
-def test_the_gradient_is_that_of_the_loss_summed_over_channels_and_pixels(tmp_path):
+def test_the_gradient_is_that_of_the_sum_over_pixels(tmp_path):
     done("train.py", *TINY, "--steps=1", "--micro_batch=4", f"--out={tmp_path}")
     config = load_config(TrainConfig, TINY)
     config.model = config.model.for_data(8, 1, 10)
@@ -93,7 +93,7 @@ def test_the_gradient_is_that_of_the_loss_summed_over_channels_and_pixels(tmp_pa
     assert log(tmp_path)[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_val_loss_is_the_weighted_error_on_the_held_out_images_whatever_the_run_and_its_precision():
+def test_val_loss_is_the_weighted_error_on_held_out_images():
     """A network whose last gain is 0 predicts c_skip·x, so that its error is known in closed form."""
     config = TrainConfig(model=TOY.for_data(8, 1, 10))
     denoiser, *_ = build(config, CPU, bfloat16=True)
@@ -114,7 +114,7 @@ def test_val_loss_is_the_weighted_error_on_the_held_out_images_whatever_the_run_
     assert validation_loss(denoiser, config, others) != changed
 
 
-def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_the_command_line(tmp_path):
+def test_keys_come_from_defaults_then_file_then_command_line(tmp_path):
     text = 'compile = true\nsteps = 7\nlearning_rate = 1\nema_stds = [0.2]\n[model]\nsize = "XS"\nheads = 8\n'
     (tmp_path / "a.toml").write_text(text, encoding="utf-8-sig")  # as Windows' editor saves it
     words = ["--steps=9", "--model.modulation=gate, shift", "--ema_stds=0.1,0.2", "--compile=false", "--p_mean=-.5"]
@@ -144,7 +144,7 @@ def test_keys_are_listed_by_help_and_taken_from_the_defaults_then_the_file_then_
     ("--variant=plots", "--variant: there is no variants/plots.py"),
     ("variant = 'plots'", "FILE: there is no variants/plots.py"),
 ])
-def test_a_mistake_in_the_configuration_is_one_line_that_names_it(tmp_path, text, message):
+def test_a_mistake_in_the_configuration_is_one_line(tmp_path, text, message):
     (tmp_path / "a.toml").write_text(text)
     words = text.split() if text.startswith("--") else [f"--config={tmp_path / 'a.toml'}"]
     result = call("train.py", f"--out={tmp_path / 'run'}", *words)

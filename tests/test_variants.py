@@ -60,7 +60,7 @@ def test_the_ends_of_the_ladder_are_the_two_families():
 
 
 @pytest.mark.parametrize("rung", "ABCDEFGHI")
-def test_every_rung_starts_at_zero_learns_and_has_the_parts_it_promises(rung):
+def test_every_rung_starts_at_zero_learns_and_has_its_parts(rung):
     denoiser, _, optimizer = build(TrainConfig(model=ladder.Config(**SMALL, residual_t=0.3, rung=rung)), CPU)
     net, (x, h) = denoiser.net, torch.randn(2, 1, 16, 32)
     assert not net(*INPUT).any()
@@ -89,7 +89,7 @@ def skip_factor(net, i, size, skip):
 
 @SKIPS
 @pytest.mark.parametrize("block", FAMILIES)
-def test_long_skips_join_block_i_with_its_mirror_image_at_magnitude_1(block, options):
+def test_long_skips_join_mirrored_blocks_at_magnitude_1(block, options):
     net = awake(scalelong.Config(**SMALL | options | dict(depth=5, block=block)).network())
     learned = net.scales.parameters() if (net.config.skip_scaling, block) == ("learned", "mp") else ()
     assert {p: scale for p, scale in net.lr_scale.items() if scale != 1} == dict.fromkeys(learned, 0.1)
@@ -110,7 +110,7 @@ def test_long_skips_join_block_i_with_its_mirror_image_at_magnitude_1(block, opt
 
 
 @pytest.mark.parametrize("block", FAMILIES)
-def test_ddae_without_its_parts_is_the_core_and_with_them_conditions_later_blocks_on_the_summary(block):
+def test_ddae_conditions_later_blocks_on_the_summary(block):
     core = DiT(DiTConfig(**SMALL, block=block))
     without = ddae.Config(**SMALL, block=block, self_conditioning=False).network()
     without.load_state_dict(awake(core).state_dict())
@@ -123,7 +123,7 @@ def test_ddae_without_its_parts_is_the_core_and_with_them_conditions_later_block
     close(net.run_blocks(TOKENS, COND), net.blocks[2](middle, told), rtol=1e-4, atol=1e-4)
 
 
-def test_the_contrastive_loss_is_infonce_against_moved_noisy_views_and_trains_the_student_alone():
+def test_contrastive_loss_is_infonce_for_the_student_alone():
     student, teacher = (awake(Denoiser(ddae.Config(**SMALL, contrast=0.5))) for _ in range(2))
     images, views = 2.0 * torch.randint(-2, 3, (6, 1, 8, 8)), []
     teacher.register_forward_pre_hook(lambda teacher, inputs: views.append(inputs))
@@ -150,7 +150,7 @@ def test_the_probe_finds_what_is_linear_and_nothing_else():
 
 @pytest.mark.parametrize("base", [32, 128])
 @pytest.mark.parametrize("block", FAMILIES)
-def test_mup_scales_hidden_rates_and_the_output_by_width_and_is_the_core_at_the_base_width(block, base):
+def test_mup_scales_by_width_and_is_the_core_at_the_base_width(block, base):
     wide, scale = SMALL | dict(width=128, block=block), base / 128 if block == "plain" else (base / 128) ** 0.5
     denoiser, _, optimizer = build(TrainConfig(model=mup.Config(**wide, base_width=base)), CPU)
     core, net = DiT(DiTConfig(**wide)), awake(denoiser.net)
@@ -168,7 +168,7 @@ def test_mup_scales_hidden_rates_and_the_output_by_width_and_is_the_core_at_the_
 
 
 @pytest.mark.parametrize("block, learning_rate", [("plain", 0.0003), ("mp", 0.01)])
-def test_with_mup_a_few_steps_change_a_wide_network_as_much_as_a_narrow_one(block, learning_rate):
+def test_with_mup_steps_change_wide_networks_as_much_as_narrow(block, learning_rate):
     """In log-log. Over two runs the slope of a block may be off by 0.1, but alike with muP and without."""
     def changes(Class, width):
         model = Class(**SMALL | dict(width=width, heads=width // 32, block=block))
@@ -179,7 +179,7 @@ def test_with_mup_a_few_steps_change_a_wide_network_as_much_as_a_narrow_one(bloc
     assert np.abs(with_mup[:3]).max() < 0.3 and (without - with_mup).min() > 0.2
 
 
-def test_networks_have_the_published_numbers_of_parameters_and_the_unet_its_attention_in_place():
+def test_networks_have_the_published_numbers_of_parameters():
     config = load_config(TrainConfig, [f"--config={ROOT}/configs/imagenet64-unet.toml"]).model.for_data(64, 3, 1000)
     assert count_parameters(config) == pytest.approx(280e6, rel=0.005)
     with torch.device("meta"):
@@ -199,7 +199,7 @@ def convolved(layer, x):
 
 @pytest.mark.parametrize("kind, resample",
                          [("encoder", None), ("encoder", unet.downsample), ("decoder", unet.upsample)])
-def test_a_unet_block_is_the_papers_figure_with_torchs_convolutions(kind, resample):
+def test_a_unet_block_is_the_papers_figure(kind, resample):
     block, x, cond = unet.Block(kind, 8, 16, 32, resample, attention=True), torch.randn(3, 6, 6, 8), COND
     awake(block)
     scale = block.gain * cond @ F.normalize(block.scale.weight, dim=1).T
@@ -220,7 +220,7 @@ def test_a_unet_block_is_the_papers_figure_with_torchs_convolutions(kind, resamp
 
 
 @SKIPS
-def test_the_unet_joins_its_encoders_outputs_the_last_one_first_and_tells_later_blocks_the_summary(options):
+def test_the_unet_joins_its_skips_the_last_one_first(options):
     net, seen, (_, c_noise, labels) = unet.Config(**UNET, self_conditioning=True, **options).network(), [], INPUT
     for block in awake(net).blocks:
         block.register_forward_hook(lambda block, inputs, x: seen.append((*inputs, x)))
@@ -242,7 +242,7 @@ def test_the_unet_joins_its_encoders_outputs_the_last_one_first_and_tells_later_
 
 
 @pytest.mark.parametrize("block", FAMILIES)
-def test_uvit_shows_its_blocks_noise_level_label_and_patches_as_tokens_and_convolves_the_image(block):
+def test_uvit_has_noise_level_label_and_patches_as_tokens(block):
     net, tokens = uvit.Config(**SMALL, block=block).network(), []
     torch.nn.init.normal_(awake(net).conv.weight)  # it starts as the identity
     net.run_blocks = lambda x, cond: tokens.append(x) or x
@@ -270,7 +270,7 @@ def test_a_plain_uvit_block_is_torchs_pre_norm_transformer_layer():
 @pytest.mark.parametrize("config, blocks", [
     (unet.Config(base=64, image_size=64, channels=3, num_classes=10), 36),
     (uvit.Config(**SMALL | dict(depth=13, width=128)), 13)])
-def test_magnitude_preserving_networks_keep_activation_rms_near_1_at_initialisation(config, blocks):
+def test_mp_networks_keep_rms_near_1_at_initialisation(config, blocks):
     seen = initial_rms(config)
     assert len(seen) == blocks and 0.8 < min(seen) and max(seen) < 1.2
 
@@ -279,7 +279,7 @@ def test_magnitude_preserving_networks_keep_activation_rms_near_1_at_initialisat
     unet.Config(**UNET), unet.Config(**UNET | dict(num_classes=0), skip_scaling="learned"),
     unet.Config(**UNET, self_conditioning=True, contrast=0.1), uvit.Config(**SMALL),
     uvit.Config(**SMALL, block="plain"), uvit.Config(**SMALL | dict(num_classes=0), skip_scaling="learned")])
-def test_networks_start_at_zero_gradients_reach_every_parameter_and_a_few_steps_lower_the_loss(config):
+def test_networks_start_at_zero_and_steps_lower_the_loss(config):
     denoiser, ema, optimizer = build(TrainConfig(model=config), CPU)
     images, noise = torch.randn(16, 1, 8, 8) * 0.5, torch.randn(16, 1, 8, 8)
     labels, losses = torch.arange(16) % (config.num_classes + 1), []
@@ -299,7 +299,7 @@ def test_networks_start_at_zero_gradients_reach_every_parameter_and_a_few_steps_
 @pytest.mark.parametrize("axis, curves", [
     (float, {"a < b & c": [(0, 0.5), (10, -2.0), (20, 7.2)], "other": [(5, 3.0), (20, 7.0)]}),
     (math.log10, {"wide": [(0, 0.05), (10, 20.0)], "other": [(5, 3.0), (10, 19.0)]})])
-def test_a_plot_has_a_line_and_a_name_for_each_curve_and_each_point_lies_where_its_value_says(tmp_path, axis, curves):
+def test_a_plot_has_a_named_line_for_each_curve_at_its_values(tmp_path, axis, curves):
     grid = {"V": [], "H": []}
     plots.save_plot(tmp_path / "plot.svg", curves, "step", "loss")
     parts = list(ElementTree.parse(tmp_path / "plot.svg").getroot())
@@ -321,7 +321,7 @@ def test_a_plot_has_a_line_and_a_name_for_each_curve_and_each_point_lies_where_i
 @pytest.mark.parametrize("variant, key", [("ladder", "--model.rung=C"), ("scalelong", "--model.skip_scaling=learned"),
                                           ("ddae", "--micro_batch=8"), ("mup", "--model.base_width=16"),
                                           ("unet", "--model.base=4"), ("uvit", "--model.block=mp")])
-def test_a_variant_trains_resumes_and_samples_by_its_recipe_like_the_core(tmp_path, variant, key):
+def test_a_variant_trains_resumes_and_samples_by_its_recipe(tmp_path, variant, key):
     tiny = [word for word in TINY if variant != "unet" or not word.startswith("--model.")]  # of a transformer
     recipe = [*tiny, f"--config={ROOT}/configs/{variant}.toml", key, "--dataset=digits", "--snapshot_every=2"]
     for name, steps in (("whole", 4), ("run", 3), ("run", 4)):
@@ -344,7 +344,7 @@ def test_the_variant_in_the_readme_works(tmp_path, monkeypatch):
     assert torch.equal(net.run_blocks(TOKENS, COND), x)
 
 
-def test_a_variant_may_draw_random_numbers_and_read_values_while_it_is_built(tmp_path, monkeypatch):
+def test_a_variant_may_use_dropout_and_values_while_it_is_built(tmp_path, monkeypatch):
     (tmp_path / "variants").mkdir()
     (tmp_path / "variants" / "dropout.py").write_text("""
 from dataclasses import dataclass
@@ -400,7 +400,7 @@ def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys):
     assert curves["learning_rate = 4.0 val_loss"] == [(1, 9)] and curves["learning_rate = 0.5 step"][2] == (3, 3)
 
 
-def test_the_commands_of_variants_print_their_tables_and_draw_their_plots(tmp_path):
+def test_commands_print_their_tables_and_draw_their_plots(tmp_path):
     done("train.py", *TINY, "--variant=ddae", "--model.num_classes=0", "--steps=3", f"--out={tmp_path}")
     accuracies = done("tools.probe", tmp_path, "--sigma", 0.2).stdout.splitlines()[2].split()[1:]
     assert len(accuracies) == 2 and all(10 < float(value.rstrip("%")) < 100 for value in accuracies)
@@ -413,7 +413,7 @@ def test_the_commands_of_variants_print_their_tables_and_draw_their_plots(tmp_pa
     assert [(tmp_path / name).read_text().count("<polyline") for name in ("mup.svg", "loss.svg")] == [4, 2]
 
 
-def test_the_classifier_knows_held_out_images_and_fid_tells_digits_from_noise_by_its_features(tmp_path):
+def test_classifier_features_tell_digits_from_noise(tmp_path):
     features, noise = tmp_path / "features.pt", tmp_path / "noise.npz"
     said = done("tools.classifier", "digits", "--epochs=8", f"--out={features}").stdout
     assert float(re.match(r"accuracy on 100 held-out images: ([0-9.]+)%", said)[1]) > 90

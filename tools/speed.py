@@ -1,4 +1,4 @@
-"""What a training step costs on this machine, run by hand: `python -m tests.speed --threads 2`.
+"""What a training step costs on this machine, run by hand: `python -m tools.speed --threads 2`.
 
 Milliseconds of forward, backward and optimizer, with the share that the matrix products alone would take; then images a
 second of sampling and Inception. All modes take turns.
