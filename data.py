@@ -69,8 +69,7 @@ class Dataset:
 
 
 def find_set(name):
-    """The directory of the set prepared as datasets/<name>, or `name` itself if it is one, or
-    None."""
+    """The directory of the set prepared as datasets/<name>, or `name` if that is one, or None."""
     for folder in (Path(name), DATASETS / name):
         if (folder / "about.json").is_file():
             return folder

@@ -21,8 +21,7 @@ What to trust, measured on the digits (relative L2 error of all weights): with 2
 width in float16, 0.02% for widths from 0.075 to 0.15, 0.1% at 0.03 and at 0.20. Narrow widths
 enlarge the rounding to float16, wide ones need early snapshots.
 
-Source: [EDM2] Karras et al. 2024, arXiv 2312.02696, section 3. Read train.py before, sample.py
-after.
+Source: [EDM2] Karras et al. 2024, arXiv 2312.02696. Read train.py before, sample.py after.
 """
 
 import copy
@@ -122,8 +121,7 @@ class PowerEMA:
 
 @torch.no_grad()
 def reconstruct(snapshots, stds):
-    """The averages of relative widths `stds` at the step of the last snapshot, mixed from all of
-    them.
+    """The averages of relative widths `stds` at the last snapshot's step, mixed from all snapshots.
 
     snapshots: oldest first, each a dict of step, std, weights (a state_dict), the names in it that
     are buffers, and info, which is the same in all. Weights may be float16, and mapped from disk.

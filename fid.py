@@ -258,8 +258,7 @@ def save_statistics(path, found):
 
 def open_run(run, args, device, std):
     """Samples of a run as Images, or None if `run` is no run directory, folder of snapshots or
-    snapshot. Sample i comes from seed args.seed + i; classes are as frequent as in the run's
-    data."""
+    snapshot. Sample i comes from seed args.seed + i; classes are as frequent as in its data."""
     if not ((Path(run) / "ema").is_dir() or list_snapshots(run) or Path(run).suffix == ".pt"):
         return None
     denoiser, facts = load_denoiser(run, device, std)

@@ -7,11 +7,11 @@ modulation may change it. Rows of weights are stored with RMS 1 and act with len
 cannot grow, a learning rate means the same everywhere.
 
 Sources: [EDM2] Karras et al. 2024, arXiv 2312.02696; [MaP-DiT] Bill et al. 2025, arXiv 2505.19122.
-Read this file first, then model.py. It needs torch only: copy what you like, each definition says
-which others it uses.
+Read this file first, then model.py. It needs torch only: copy what you like, each definition names
+the others that it uses.
 
-Legend: B batch, T tokens, D width, H heads. Magnitude means RMS, sqrt(mean(x²)), over the last
-dimension.
+Legend: B batch, T tokens, D width, H heads. Magnitude is the RMS, sqrt(mean(x²)), of a vector, which
+lies along the last dimension.
 """
 
 import math
@@ -66,8 +66,7 @@ def rotate(x, theta):
 def modulate(x, theta, scale, shift):
     """What conditioning does to the input of a branch: scale, shift, rotate, in the order of the
     paper's code (its branch old-mod_opts).
-    x: (B, T, D); the others (B, 1, D), theta (B, 1, D/2), or None for "leave it out". Uses:
-    rotate."""
+    x: (B, T, D); the others (B, 1, D), theta (B, 1, D/2), or None to leave it out. Uses: rotate."""
     if scale is not None:
         x = x * (1 + scale)
     if shift is not None:
@@ -105,8 +104,7 @@ class MPFourier(nn.Module):
 class MPLinear(nn.Module):
     """Linear map without bias in which each row w acts as w/‖w‖: (..., fan_in) -> (..., fan_out)
     [EDM2, Eq. 47]. Why: only the direction of a row acts, so its gradient has no part along the
-    row. Stored rows may have any length; force_weight_normalization() keeps it at RMS 1 in
-    training."""
+    row. Stored rows may have any length; force_weight_normalization() keeps them at RMS 1."""
 
     def __init__(self, fan_in, fan_out):
         super().__init__()

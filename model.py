@@ -209,8 +209,7 @@ class DiT(nn.Module):
     def lr_scale(self):
         """{parameter: factor on its learning rate}, where it may differ from 1; a variant adds its
         own. Why gains: nothing but their gradient holds them, and Adam's steps do not shrink with
-        it; at high rates some angles of wide or deep networks drift off by several radians
-        (variants/README.md)."""
+        it; at high rates some angles of wide or deep networks drift by radians."""
         modulations = [part for part in self.modules() if isinstance(part, Modulation)]
         return {part.gain: self.config.gain_rate for part in modulations if part.sizes}
 

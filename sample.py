@@ -1,5 +1,4 @@
-"""Draw images from a trained run: `python sample.py` takes the newest one and writes a grid, one
-row per class.
+"""Draw images from a trained run: `python sample.py` takes the newest, and writes a grid.
 
 `torchrun --nproc_per_node=8 sample.py ...` shares the work; an image depends on its label and seed
 alone. The sampler takes any callable denoiser(x, sigma, labels).
@@ -115,8 +114,7 @@ def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, steps=32)
 
 
 def newest_run(folder="out"):
-    """The run directory under `folder` with the newest snapshot. Raises UserError if there is
-    none."""
+    """The run directory under `folder` with the newest snapshot. Raises UserError."""
     runs = Path(folder).rglob("ema")
     snapshots = [path for run in runs for _, _, path in list_snapshots(run)]
     if not snapshots:
@@ -270,8 +268,7 @@ def load_networks(args, run, device):
 
 
 def choose_rows(args, facts, num_classes):
-    """The labels of which args.columns images each are drawn, one row of a grid. Raises
-    UserError."""
+    """The labels to draw, each for a row of args.columns images. Raises UserError."""
     if args.labels:
         return [find_label(name, facts["classes"]) for name in args.labels]
     rows = range(max(num_classes, 1))

@@ -100,8 +100,7 @@ class TrainConfig(Configuration):
 
 
 def learning_rate(step, config):
-    """Linear warm-up, a plateau at alpha_ref, then 1/sqrt decay [EDM2, Eq. 67]; step counts from
-    0."""
+    """Linear warm-up, a plateau at alpha_ref, then 1/sqrt decay [EDM2, Eq. 67]; step from 0."""
     warmup = min((step + 1) / (config.warmup_steps + 1), 1)
     decay = max(step / config.decay_steps, 1) if config.decay_steps else 1
     return config.learning_rate / math.sqrt(decay) * warmup
@@ -133,8 +132,7 @@ def draw_step(config, dataset, step, device):
 
 def prepare_batch(config, facts, images, labels, draws, part):
     """What edm2_loss takes of rows `part` (a slice) of a step: clean images, labels after dropout,
-    sigma and noise. images, labels: these rows as the dataset has them. draws: of the whole
-    step."""
+    sigma and noise. images, labels: these rows as the dataset has them. draws: of all rows."""
     draws = {name: draw[part].to(images.device) for name, draw in draws.items()}
     if facts["latent"]:  # a fresh draw from the VAE's posterior
         mean, std = images.chunk(2, dim=1)
@@ -160,8 +158,7 @@ def accumulate_gradients(config, facts, model, denoiser, teacher, batches, draws
 
     model: the denoiser, or what DDP makes of it. teacher: an average of it, for a variant's own
     loss. batches: an iterator of [images, labels] as the dataset has them. draws: those of the
-    step. Returns this process' mean loss, and the last micro-batch, which the log measures
-    magnitudes on."""
+    step. Returns this process' mean loss and its last micro-batch, for the log to look at."""
     denoiser.zero_grad()
     parts = micro_batches(config)
     mean_loss = 0.0
@@ -201,9 +198,10 @@ def validation_loss(denoiser, config, dataset):
     make a training loss too noisy to compare two runs by."""
     pairs, size = 2000, 50
     device = next(denoiser.parameters()).device
-    strata = torch.randperm(pairs, generator=torch.Generator().manual_seed(0))  # so that images of
-    total = 0.0  # one class, which are neighbours in some sets, get all noise levels
+    # in random order, since neighbouring images of a set are often alike
+    strata = torch.randperm(pairs, generator=torch.Generator().manual_seed(0))
     in_bfloat16, denoiser.in_bfloat16 = denoiser.in_bfloat16, False
+    total = 0.0
     for part in range(rank(), pairs // size, world_size()):
         generator = torch.Generator().manual_seed(part)
         places = np.arange(size * part, size * (part + 1))

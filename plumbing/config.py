@@ -43,7 +43,7 @@ def resumable_keys(config):
 
 def with_newer_keys(saved, config):
     """A saved configuration by dotted names, and the defaults of those keys of `config` that are newer than it. These
-    may follow from keys that it has, as a residual weight does from the depth, so the classes themselves work them out."""
+    may follow from keys that it has, as a residual weight does from the depth, so the classes work them out."""
     model = {name: saved[f"model.{name}"] for name in asdict(config.model) if f"model.{name}" in saved}
     return flatten(type(config)(model=type(config.model)(**model))) | saved
 

@@ -1,5 +1,5 @@
-"""Snapshots of averages on disk: <folder>/<step>-<std>.pt, from which ema.py mixes other widths. A snapshot is a dict of
-step, std, info (plain values, whatever the snapshot's owner needs), weights and the names of those that are buffers."""
+"""Snapshots of averages on disk, <folder>/<step>-<std>.pt, from which ema.py mixes other widths. Each is a dict of step,
+std, info (plain values, whatever its owner needs), weights, and buffers, the names of those that are no parameters."""
 
 import re
 from pathlib import Path

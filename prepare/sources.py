@@ -1,5 +1,5 @@
-"""Whatever images people have, by what it holds: folders, zips, idx, npz, npy, CIFAR's archives, latents. Each becomes a
-Source. No diffusion here, and nothing that training reads: see prepare/sets.py."""
+"""Whatever images people have, by what it holds: folders, zips, idx, npz, npy, CIFAR's archives, latents. Each becomes
+a Source. No diffusion here, and nothing that training reads: see prepare/sets.py."""
 
 import gzip
 import json
