@@ -16,7 +16,7 @@ Source: [EDM2] Karras et al. 2024, arXiv 2312.02696. Read this file after sample
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from model import Denoiser
 from plumbing.command import UserError, existing_file, reading, run_main
 
 DATASETS = Path(__file__).parent / "datasets"
@@ -75,8 +76,8 @@ def find_set(name):
             return folder
 
 
-def load_part(folder, prefix, facts):
-    """One part of a set, "" or "holdout-". Raises ValueError if its files do not fit together."""
+def load_arrays(folder, prefix, facts):
+    """Images and labels of a part of a set, "" or "holdout-". ValueError if they do not fit."""
     images, labels = (
         np.load(existing_file(folder / f"{prefix}{name}.npy"), mmap_mode="r", allow_pickle=False)
         for name in ("images", "labels"))
@@ -85,7 +86,7 @@ def load_part(folder, prefix, facts):
             or images.dtype != (np.float32 if facts["latent"] else np.uint8)
             or np.any((labels < 0) | (labels >= len(facts["counts"])))):
         raise ValueError("its files do not fit together; prepare the set again")
-    return Dataset(images, labels, facts)
+    return images, labels
 
 
 def load_dataset(name):
@@ -105,13 +106,15 @@ def load_dataset(name):
             raise ValueError("was prepared by another version of this code; "
                              "do it again with --overwrite")
         facts = about["facts"]
-        dataset, holdout = (load_part(folder, prefix, facts) for prefix in ("", "holdout-"))
-        if (np.bincount(dataset.labels).tolist() != facts["counts"]
-                or dataset.shape != holdout.shape
+        images, labels = load_arrays(folder, "", facts)
+        held_images, held_labels = load_arrays(folder, "holdout-", facts)
+        if (np.bincount(labels).tolist() != facts["counts"]
+                or images.shape[1:] != held_images.shape[1:]
                 or not np.isfinite(facts["mean"] + facts["std"]).all()
                 or min(facts["std"]) <= 0):
             raise ValueError("about.json does not fit its images; prepare the set again")
-    return replace(dataset, holdout=holdout if len(holdout) else None)
+    holdout = Dataset(held_images, held_labels, facts) if len(held_images) else None
+    return Dataset(images, labels, facts, holdout)
 
 
 def describe(facts):
@@ -149,16 +152,15 @@ def mean_and_std(facts, device):
 
 
 def to_network(images, facts):
-    """What the network sees: float32 with mean 0 and standard deviation 0.5 over the set, as [EDM]
-    assumes of data."""
+    """What the network sees: float32 with mean 0 and standard deviation sigma_data over the set."""
     mean, std = mean_and_std(facts, images.device)
-    return (images.float() - mean) * (0.5 / std)
+    return (images.float() - mean) * (Denoiser.sigma_data / std)
 
 
 def from_network(x, facts):
     """Undo `to_network`; pixels are rounded and clipped to uint8, latents stay float32."""
     mean, std = mean_and_std(facts, x.device)
-    x = x * (std / 0.5) + mean
+    x = x * (std / Denoiser.sigma_data) + mean
     return x if facts["latent"] else x.round().clamp(0, 255).to(torch.uint8)
 
 

@@ -7,6 +7,9 @@ snapshots of both kept, and any other width is mixed from these after training:
 numpy and torch: lift it out whole, and plumbing/snapshots.py and files.py with it if you like. In
 your own training loop:
 
+    from ema import PowerEMA, reconstruct
+    from plumbing.snapshots import load_snapshots, save_snapshot
+
     ema = PowerEMA(model)                       # widths 0.05 and 0.10
     for step in range(1, steps + 1):
         ...                                     # one optimizer step
@@ -26,6 +29,7 @@ Source: [EDM2] Karras et al. 2024, arXiv 2312.02696. Read train.py before, sampl
 
 import copy
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -69,74 +73,130 @@ def solve_coefficients(sources, targets):
     return x, np.sqrt(np.maximum(distance, 0) / square)
 
 
+def unwrap(module):
+    """The module inside what torch.compile and DistributedDataParallel wrap around it."""
+    while True:
+        if hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        elif isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            module = module.module
+        else:
+            return module
+
+
+def check_can_be_averaged(module):
+    """Raises ValueError for a module whose copy would not be an average of its own."""
+    for name, part in module.named_modules():
+        if "forward" in vars(part):
+            raise ValueError(f"the forward of {name or 'the module'} was replaced, and that of a "
+                             "copy would use the original's weights: replace it after PowerEMA")
+    for name, p in module.named_parameters():
+        if hasattr(p, "device_mesh"):
+            raise ValueError(f"{name} is sharded over processes, which PowerEMA does not support")
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(f"{name} has no shape yet: call the module once before PowerEMA")
+
+
+def pairs_by_name(average, module):
+    """Pairs of parameters and buffers of one name. Raises ValueError if names or shapes differ."""
+    ours, theirs = ({name: tensor for part in (m.named_parameters(), m.named_buffers())
+                     for name, tensor in part} for m in (average, module))
+    shapes, expected = ({name: tensor.shape for name, tensor in tensors.items()}
+                        for tensors in (theirs, ours))
+    if shapes != expected:
+        odd = sorted(name for name, _ in shapes.items() ^ expected.items())
+        raise ValueError(f"not the module that PowerEMA was made of: {', '.join(odd)[:200]}")
+    return [(ours[name], theirs[name]) for name in ours]
+
+
 class PowerEMA:
     """Running averages of a module, one for each relative width. Why: a model with averaged weights
     draws far better images than the one that the last step left behind.
 
-    averages: {std: the average, a copy of the module in eval mode, in float32 or better}"""
+    averages: {std: the average, a copy of the module in eval mode, in float32 or better}.
+    Parameters with requires_grad are averaged, frozen ones and buffers are copied from the module.
+    So running statistics of batch normalizations do not belong to the averaged weights: before you
+    use such an average, renew them with torch.optim.swa_utils.update_bn(batches, average).
 
-    def __init__(self, module, stds=(0.05, 0.10)):
-        while True:  # take off what torch.compile and DDP wrap around a module
-            if hasattr(module, "_orig_mod"):
-                module = module._orig_mod
-            elif isinstance(module, torch.nn.parallel.DistributedDataParallel):
-                module = module.module
-            else:
-                break
+    id: tells the snapshots of this training from those of others (default: random). Raises
+    ValueError for a module of which it cannot be sure to make averages."""
+
+    def __init__(self, module, stds=(0.05, 0.10), id=None):
+        module = unwrap(module)
+        check_can_be_averaged(module)
         self.step = 0
-        self.gammas = {std: std_to_gamma(std) for std in stds}
+        self.id = id or uuid.uuid4().hex
+        self.gammas = {float(std): std_to_gamma(std) for std in stds}
         self.averages = {}
-        for std in stds:
-            average = copy.deepcopy(module).eval().requires_grad_(False)
-            for p in average.parameters():  # bfloat16 would lose such small updates
-                p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+        for std in self.gammas:
+            try:
+                average = copy.deepcopy(module).eval().requires_grad_(False)
+            except (RuntimeError, TypeError) as error:
+                name = type(module).__name__
+                raise ValueError(f"this {name} cannot be copied: {error}") from error
+            for p in average.parameters():
+                if p.is_floating_point():  # bfloat16 would lose such small updates
+                    p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+            average.training_id, average.frozen = self.id, []
             self.averages[std] = average
 
     @torch.no_grad()
     def update(self, module, step):
         """Call after optimizer step `step`, counted from 1; after every step, or every n-th.
         average ← beta·average + (1 - beta)·module with
-        beta = (previous step / step)^(gamma + 1) [EDM2, Eq. 127]."""
+        beta = (previous step / step)^(gamma + 1) [EDM2, Eq. 127].
+        Raises ValueError for a module of other parameters or buffers."""
         if step <= self.step:
             raise ValueError(f"the last update was at step {self.step}, "
                              f"the next must be later, not {step}")
+        module = unwrap(module)
+        check_can_be_averaged(module)
         for std, average in self.averages.items():
             beta = (self.step / step) ** (self.gammas[std] + 1)
-            ours = list(average.parameters())
-            latest = [p.to(a.dtype) for p, a in zip(module.parameters(), ours)]
-            torch._foreach_lerp_(ours, latest, 1 - beta)  # one kernel for all parameters
-            for buffer, new in zip(average.buffers(), module.buffers()):
-                buffer.copy_(new)
+            averaged, latest, frozen = [], [], []
+            for ours, theirs in pairs_by_name(average, module):
+                if theirs.requires_grad:
+                    averaged.append(ours)
+                    latest.append(theirs.to(ours.dtype))
+                else:
+                    frozen.append(ours.copy_(theirs))
+            torch._foreach_lerp_(averaged, latest, 1 - beta)  # one kernel for all parameters
+            average.frozen = frozen  # a snapshot keeps these as they are
         self.step = step
 
     def state_dict(self):
         averages = {std: average.state_dict() for std, average in self.averages.items()}
-        return {"step": self.step, "averages": averages}
+        return {"step": self.step, "id": self.id, "averages": averages}
 
     def load_state_dict(self, state):
-        self.step = state["step"]
+        self.step, self.id = state["step"], state["id"]
         for std, average in self.averages.items():
             average.load_state_dict(state["averages"][std])
+            average.training_id = self.id
 
 
 @torch.no_grad()
 def reconstruct(snapshots, stds):
     """The averages of relative widths `stds` at the last snapshot's step, mixed from all snapshots.
 
-    snapshots: oldest first, each a dict of step, std, weights (a state_dict), the names in it that
-    are buffers, and info, which is the same in all. Weights may be float16, and mapped from disk.
+    snapshots: oldest first, each a dict of step, std, weights (a state_dict), buffers (the names in
+    it that are not averaged), and info and training, which are the same in all.
     Returns such a dict for each of `stds`, with weights in float32 and the last one's buffers.
     Warns on stderr of a width that the snapshots cannot express (on the digits, a residual of 0.03
     goes with weights that are 0.1 to 0.2% off). Raises ValueError for snapshots of different
     models."""
+    if not snapshots:
+        raise ValueError("there are no snapshots to mix")
     last = snapshots[-1]
     shapes = {name: tensor.shape for name, tensor in last["weights"].items()}
     for snapshot in snapshots:
         theirs = {name: tensor.shape for name, tensor in snapshot["weights"].items()}
-        if theirs != shapes or snapshot["info"] != last["info"]:
-            raise ValueError(f"the snapshot of step {snapshot['step']}, width {snapshot['std']} "
-                             "belongs to a different model from the last one, "
-                             f"of step {last['step']}, width {last['std']}")
+        for what, same in (("model", theirs == shapes and snapshot.get("info") == last.get("info")),
+                           ("training", snapshot.get("training") == last.get("training"))):
+            if not same:
+                raise ValueError(
+                    f"the snapshot of step {snapshot['step']}, width {snapshot['std']} is from "
+                    f"another {what} than the last, of step {last['step']}, width {last['std']}")
     sources = [(snapshot["step"], snapshot["std"]) for snapshot in snapshots]
     targets = [(last["step"], std) for std in stds]
     coefficients, residuals = solve_coefficients(sources, targets)

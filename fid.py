@@ -18,8 +18,8 @@ Under torchrun processes share the work.
 Source: [FID] Heusel et al. 2017, arXiv 1706.08500. Read sample.py before.
 """
 
+import importlib.util
 import os
-import tomllib
 from collections import Counter, namedtuple
 from functools import partial
 from hashlib import sha256
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from data import find_set, load_dataset
 from plumbing.command import (Parser, UserError, between, existing_file, reading, run_main, track,
                               warn)
+from plumbing.config import dataset_of
 from plumbing.files import atomic_file, download
 from plumbing.processes import (choose_device, join_processes, leave_processes, rank, together,
                                 world_size)
@@ -210,26 +211,46 @@ def load_inception(path=None, device="cpu"):
     return partial(inception, weights=fold_normalization(state))
 
 
+def load_module_features(text, device):
+    """The network of MODULE:FILE, in eval mode: class Features of the module, without arguments,
+    with the state dict in the file. Raises UserError. Why no file that brings its code along:
+    TorchScript is deprecated, and reading torch.export's files can run any code (torch 2.13)."""
+    name, _, path = text.partition(":")
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # also where a package on the way is missing
+        found = None
+    if not found or not path:
+        raise UserError(f"--features={text}: must be inception, pixels or MODULE:FILE")
+    module = importlib.import_module(name)
+    if not hasattr(module, "Features"):
+        raise UserError(f"--features={text}: {name} has no class Features")
+    network = module.Features()
+    with reading(path):
+        state = torch.load(existing_file(path), map_location="cpu", weights_only=True)
+        state = {name: value.float() if value.is_floating_point() else value
+                 for name, value in state.items()}
+    with reading(path, RuntimeError):  # which says what does not fit
+        network.load_state_dict(state)
+    return network.to(device).eval()
+
+
 def load_features(name, weights, device):
     """A function from uint8 images (B, C, H, W) to features (B, D): `inception`, `pixels` (for tiny
-    images, scaled to -1..1), or a TorchScript file, which is given RGB. Raises UserError for a file
-    that is no TorchScript. Why none of torch.export: to load one evaluates texts in it that stand
-    for sizes, which can be any code (torch 2.13)."""
+    images, scaled to -1..1), or the network of MODULE:FILE, which gets RGB. Raises UserError."""
     if name == "pixels":
         return lambda images: images.flatten(1).float() / 127.5 - 1
-    with reading(f"--features={name}"):
-        if name == "inception":
-            network = load_inception(weights, device)
-        else:
-            network = torch.jit.load(existing_file(name), map_location=device).eval()
+    if name == "inception":
+        network = load_inception(weights, device)
+    else:
+        network = load_module_features(name, device)
 
     def features(images):
-        with reading(f"--features={name}"):
-            values = network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
-            if values.ndim != 2 or len(values) != len(images) or not values.isfinite().all():
-                raise ValueError(f"must map {len(images)} images to finite features (N, D), "
-                                 f"not {tuple(values.shape)}")
-            return values
+        values = network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
+        if values.ndim != 2 or len(values) != len(images) or not values.isfinite().all():
+            raise UserError(f"--features={name}: must map {len(images)} images to finite features "
+                            f"(N, D), not {tuple(values.shape)}")
+        return values
 
     return features
 
@@ -290,27 +311,25 @@ def open_images(source, shape):
         images = load_dataset(source).images
     else:
         images = open_source(source, Counter()).images
-    with reading(source):
-        colour = shape is None and any(len(image) > 1 for image in images)
+    colour = shape is None and any(len(image) > 1 for image in images)
     form = "as they are"
     if shape:
         form = f"{shape[1]}x{shape[2]}, {'grey' if shape[0] == 1 else 'colour'}, as the run's"
     warn(f"{source}: {len(images):,} images, {form}")
 
     def draw(numbers):
-        with reading(source):
-            batch = [images[number] for number in numbers]
-            if batch[0].dtype != np.uint8:
-                raise ValueError("holds latents; name images to compare with")
-            if shape:
-                channels, side, _ = shape
-                batch = [crop_and_resize(image, side, channels, Counter()) for image in batch]
-            elif colour:
-                batch = [np.repeat(image, 3 // len(image), axis=0) for image in batch]
-            if len({image.shape for image in batch}) > 1:
-                raise ValueError("its images differ in size; "
-                                 "python data.py with --size makes them alike")
-            return torch.from_numpy(np.stack(batch))
+        batch = [images[number] for number in numbers]
+        if batch[0].dtype != np.uint8:
+            raise UserError(f"{source}: holds latents; name images to compare with")
+        if shape:
+            channels, side, _ = shape
+            batch = [crop_and_resize(image, side, channels, Counter()) for image in batch]
+        elif colour:
+            batch = [np.repeat(image, 3 // len(image), axis=0) for image in batch]
+        if len({image.shape for image in batch}) > 1:
+            raise UserError(f"{source}: its images differ in size; "
+                            "python data.py with --size makes them alike")
+        return torch.from_numpy(np.stack(batch))
 
     return Images(len(images), draw, shape)
 
@@ -328,13 +347,6 @@ def distance(a, b, names):
     return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
 
 
-def dataset_of(run):
-    """Name of the dataset that a run directory was trained on. Raises UserError."""
-    with reading(f"{run} is no run directory, or its config.toml is damaged"):
-        text = existing_file(Path(run) / "config.toml").read_text(encoding="utf-8")
-        return tomllib.loads(text)["dataset"]
-
-
 def make_parser():
     parser = Parser(__doc__)
     add, std = parser.add_argument, between(float, 0.001, 0.288)
@@ -342,7 +354,8 @@ def make_parser():
     add("sources", nargs="+",
         help="two sources to compare, one for stats, a run directory to sweep")
     add("--features", default="inception",
-        help="inception, pixels, or a TorchScript file that maps uint8 RGB (N, 3, H, W) to (N, D) "
+        help="inception, pixels, or MODULE:FILE, a module's class Features, uint8 RGB (N, 3, H, W) "
+             "-> (N, D), and its state dict, like tools.classifier:out/features.pt "
              "(default: inception)")
     add("--weights", type=Path, help="file of Inception weights (default: downloaded once)")
     add("--count", type=between(int, 1, 10**8), default=50000,

@@ -20,12 +20,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention,
-                    modulate, mp_silu, mp_sum, normalize)
+                    mp_silu, mp_sum, normalize)
 from plumbing.keys import Configuration, key
 
 
 def position_embedding(width, grid):
-    """Fixed 2-D sine-cosine embedding [DiT]: (grid², width), half of the channels for each axis."""
+    """Fixed 2-D sine-cosine embedding [DiT]: (grid², width), half of the channels for each axis.
+    Raises ValueError unless 4 divides the width."""
+    if width % 4:
+        raise ValueError(f"width: {width} is not divisible by 4, as the position embedding needs")
     freqs = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * freqs
     axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (grid, D/2)
@@ -47,7 +50,7 @@ class MPInput(nn.Module):
         position = position_embedding(D, config.image_size // config.patch)
         position = position - position.mean(dim=0)  # most of it is the same for all tokens
         position = normalize(position)
-        self.register_buffer("position", position, persistent=False)
+        self.register_buffer("position", position)
 
     def forward(self, patches, c_noise, labels):
         ones = torch.ones_like(patches[..., :1])  # act as a bias
@@ -63,17 +66,19 @@ class MPBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         D = config.width
+        kinds = set(config.modulation) - {"gate"}
+        gate = {"scale"} if "gate" in config.modulation else set()
         self.t = config.residual_t
-        self.modulation1 = Modulation(D, config.modulation)
+        self.modulation1 = Modulation(D, kinds)
         self.attention = MPAttention(D, config.heads)
-        self.modulation2 = Modulation(D, config.modulation)
+        self.gate1 = Modulation(D, gate)
+        self.modulation2 = Modulation(D, kinds)
         self.mlp = MPMLP(D, 4 * D)
+        self.gate2 = Modulation(D, gate)
 
     def forward(self, x, cond):
-        theta, scale, shift, gate = self.modulation1(cond)
-        x = mp_sum(x, (1 + gate) * self.attention(modulate(x, theta, scale, shift)), t=self.t)
-        theta, scale, shift, gate = self.modulation2(cond)
-        x = mp_sum(x, (1 + gate) * self.mlp(modulate(x, theta, scale, shift)), t=self.t)
+        x = mp_sum(x, self.gate1(self.attention(self.modulation1(x, cond)), cond), t=self.t)
+        x = mp_sum(x, self.gate2(self.mlp(self.modulation2(x, cond)), cond), t=self.t)
         return x
 
 
@@ -87,8 +92,21 @@ class MPOutput(nn.Module):
         self.gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, cond):
-        theta, scale, shift, _ = self.modulation(cond)
-        return self.gain * self.linear(modulate(normalize(x), theta, scale, shift))
+        x = self.modulation(normalize(x), cond)
+        return self.gain * self.linear(x)
+
+
+def init_linears(module):
+    """Xavier-uniform weights and zero biases for all plain linears in a module, as DiT has them."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+def scale_and_shift(x, scale, shift):
+    """x·(1 + scale) + shift, the modulation of adaLN [DiT]: (B, T, D), (B, 1, D), (B, 1, D)."""
+    return x * (1 + scale) + shift
 
 
 class PlainInput(nn.Module):
@@ -104,7 +122,10 @@ class PlainInput(nn.Module):
         self.noise = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
         self.label = nn.Embedding(config.num_classes + 1, D)
         position = position_embedding(D, config.image_size // config.patch)
-        self.register_buffer("position", position, persistent=False)
+        self.register_buffer("position", position)
+        init_linears(self)
+        for layer in (self.noise[0], self.noise[2], self.label):
+            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, patches, c_noise, labels):
         x = self.patch(patches)
@@ -130,7 +151,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D)."""
+    """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D), the identity at initialisation."""
 
     def __init__(self, config):
         super().__init__()
@@ -140,12 +161,15 @@ class PlainBlock(nn.Module):
         self.attention = PlainAttention(D, config.heads)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"),
                                  nn.Linear(4 * D, D))
+        init_linears(self)
+        nn.init.zeros_(self.modulation.weight)
 
     def forward(self, x, cond):
-        values = self.modulation(cond)[:, None].chunk(6, dim=-1)
+        values = self.modulation(cond).float()[:, None]  # 1 + scale needs more than bfloat16
+        values = values.chunk(6, dim=-1)  # (B, 1, D) each
         scale1, shift1, gate1, scale2, shift2, gate2 = values
-        x = x + gate1 * self.attention(modulate(self.norm(x), None, scale1, shift1))
-        x = x + gate2 * self.mlp(modulate(self.norm(x), None, scale2, shift2))
+        x = x + gate1 * self.attention(scale_and_shift(self.norm(x), scale1, shift1))
+        x = x + gate2 * self.mlp(scale_and_shift(self.norm(x), scale2, shift2))
         return x
 
 
@@ -157,30 +181,13 @@ class PlainOutput(nn.Module):
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.linear = nn.Linear(config.width, config.channels * config.patch**2)
+        init_linears(self)
+        for layer in (self.modulation, self.linear):
+            nn.init.zeros_(layer.weight)
 
     def forward(self, x, cond):
-        scale, shift = self.modulation(cond)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), None, scale, shift))
-
-
-def init_linears(module):
-    """Xavier-uniform weights and zero biases for all plain linears in a module.
-    Why apart: variants call it too."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            nn.init.zeros_(part.bias)
-
-
-def init_plain(net):
-    """DiT's initialisation: Xavier linears, N(0, 0.02²) embeddings, zero modulation and output."""
-    init_linears(net)
-    first, _, second = net.input.noise
-    for layer in (first, second, net.input.label):
-        nn.init.normal_(layer.weight, std=0.02)
-    modulations = [block.modulation for block in net.blocks]
-    for layer in (*modulations, net.output.modulation, net.output.linear):
-        nn.init.zeros_(layer.weight)
+        scale, shift = self.modulation(cond).float()[:, None].chunk(2, dim=-1)
+        return self.linear(scale_and_shift(self.norm(x), scale, shift))
 
 
 class DiT(nn.Module):
@@ -202,8 +209,6 @@ class DiT(nn.Module):
         self.input = make_input(config)
         self.blocks = nn.ModuleList(make_block(config) for _ in range(config.depth))
         self.output = make_output(config)
-        if config.block == "plain" and not parts:
-            init_plain(self)
 
     @property
     def lr_scale(self):
@@ -214,8 +219,7 @@ class DiT(nn.Module):
         return {part.gain: self.config.gain_rate for part in modulations if part.sizes}
 
     def run_blocks(self, x, cond):
-        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). A variant overrides this; it
-        should keep RMS 1."""
+        """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). A variant overrides this."""
         for block in self.blocks:
             x = block(x, cond)
         return x
@@ -244,13 +248,13 @@ class Denoiser(nn.Module):
     noise level.
 
     forward(x, sigma, labels=None): noisy images (B, C, S, S) whose clean part has standard
-    deviation 0.5, noise levels () or (B,), labels (B,) int64, None or num_classes for unconditional
-    -> denoised images (B, C, S, S), float32.
+    deviation sigma_data, noise levels () or (B,), labels (B,) int64, None or num_classes for
+    unconditional -> denoised images (B, C, S, S), float32.
 
-    in_bfloat16: whether the network's matrix products use bfloat16; the residual stream, modulation
-    values and all around the network stay in float32."""
+    in_bfloat16: whether the network's matrix products use bfloat16; weights, residual stream,
+    modulation and all around the network stay in float32. Raises ValueError for other weights."""
 
-    sigma_data = 0.5
+    sigma_data = 0.5  # of the data, see to_network() in data.py
     in_bfloat16 = False
 
     def __init__(self, config):
@@ -260,7 +264,12 @@ class Denoiser(nn.Module):
         self.u_linear = MPLinear(128, 1)
 
     def forward(self, x, sigma, labels=None):
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        if self.u_linear.weight.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError("the denoiser's weights must stay in float32; "
+                             "for bfloat16 inside the network set its in_bfloat16")
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+        sigma = sigma.flatten().expand(len(x))
         if labels is None:
             labels = torch.full((len(x),), self.net.config.num_classes, device=x.device)
         s = sigma.view(-1, 1, 1, 1)
@@ -279,22 +288,29 @@ class Denoiser(nn.Module):
         return self.u_linear(self.u_fourier(sigma.log() / 4))[:, 0]
 
 
-def edm2_loss(model, uncertainty, images, labels, sigma, noise):
-    """lambda(sigma) / exp(u(sigma)) · (D - y)² + u(sigma), the mean over images, channels and
-    pixels [EDM2, Eq. 14-16, 21].
+def weighted_error(model, images, labels, sigma, noise):
+    """lambda(sigma)·(D - y)², the mean over channels and pixels: (B,) [EDM, Eq. 2 and Table 1].
 
-    model(x, sigma, labels): the denoiser, perhaps wrapped. uncertainty(sigma): its u. images: y,
-    clean, (B, C, S, S); labels (B,); sigma (B,); noise: unit normal, as images."""
-    s = sigma.view(-1, 1, 1, 1)
-    weight = (s**2 + Denoiser.sigma_data**2) / (s * Denoiser.sigma_data) ** 2
-    u = uncertainty(sigma).view(-1, 1, 1, 1)
-    error = model(images + s * noise, sigma, labels) - images
-    return (weight / u.exp() * error**2 + u).mean()
+    model(x, sigma, labels): the denoiser D, perhaps wrapped. images: y, clean, (B, C, S, S); labels
+    (B,); sigma (B,); noise: unit normal, as images.
+    Why lambda: the network then starts with an error of about 1 at every noise level."""
+    sigma_data = Denoiser.sigma_data
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    error = model(images + sigma.view(-1, 1, 1, 1) * noise, sigma, labels) - images
+    return weight * error.square().mean(dim=(1, 2, 3))
 
 
-# Depth, width and heads of the sizes that have a name
-SIZES = {"XS": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
-         "XL": (28, 1152, 16)}
+def edm2_loss(model, u, images, labels, sigma, noise):
+    """lambda(sigma) / exp(u(sigma))·(D - y)² + u(sigma), mean over all [EDM2, Eq. 14-16, 21].
+    u: the denoiser's uncertainty(sigma), (B,); the others as in weighted_error()."""
+    return (weighted_error(model, images, labels, sigma, noise) / u.exp() + u).mean()
+
+
+MODULATION = ("rotate", "scale", "shift", "gate")
+
+# Depth, width and heads by name: one for the digits, then those of MaP-DiT and DiT
+SIZES = {"digits": (4, 96, 3), "XS": (6, 256, 4), "S": (12, 384, 6), "B": (12, 768, 12),
+         "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 @dataclass
@@ -328,7 +344,7 @@ class DiTConfig(NetworkConfig):
     block: str = key(
         "mp", "family: mp (magnitude-preserving) or plain (adaLN-Zero)", choices=("mp", "plain"))
     size: str = key(
-        "S", "depth, width and heads by name: XS, S, B, L or XL", choices=tuple(SIZES))
+        "digits", "depth, width and heads by name: digits, XS, S, B, L or XL", choices=tuple(SIZES))
     depth: int = key(0, "number of blocks (0: as size says)", 0, 1000)
     width: int = key(0, "channels of a token (0: as size says)", 0, 16384)
     heads: int = key(0, "attention heads (0: as size says)", 0, 1024)
@@ -337,7 +353,7 @@ class DiTConfig(NetworkConfig):
     patch: int = key(2, "side in pixels of the square patches, one token each", 1, 1024)
     modulation: tuple[str, ...] = key(
         ("rotate", "scale", "gate"), "how the conditioning acts in an mp block: any of rotate, "
-        "scale, shift, gate (a plain block is always adaLN-Zero)", choices=Modulation.KINDS)
+        "scale, shift, gate (a plain block is always adaLN-Zero)", choices=MODULATION)
     gain_rate: float = key(
         1.0, "factor on the learning rate of the gains of mp modulations", 1e-9, 100)
 
@@ -348,7 +364,7 @@ class DiTConfig(NetworkConfig):
         self.width = self.width or width
         self.heads = self.heads or heads
         self.residual_t = self.residual_t or min(0.6 / math.sqrt(self.depth), 0.5)
-        self.modulation = tuple(kind for kind in Modulation.KINDS if kind in self.modulation)
+        self.modulation = tuple(kind for kind in MODULATION if kind in self.modulation)
         if self.width % self.heads:
             raise ValueError(f"width: {self.width} is not divisible by heads = {self.heads}")
         if self.width % 4:
@@ -382,8 +398,8 @@ class DiTConfig(NetworkConfig):
 # |                                                   | weights                                    |
 # | MaP-DiT, DiT: DDPM, learned variance, other       | EDM2's recipe for both families: only      |
 # | optimizers                                        | networks differ                            |
-# | EDM2: eps = 1e-4 is added to the RMS              | eps² is added to the mean square, as       |
-# |                                                   | F.rms_norm does it                         |
+# | EDM2: 1e-4 is added to an RMS before dividing     | it is the least RMS that is divided by, so |
+# |                                                   | that an RMS of 1 is exact                  |
 # | EDM2: weights are forced back in the forward pass | after the step: the same update, and       |
 # |                                                   | forward stays pure                         |
 # | EDM2: labels always shown, another network guides | 10% null labels, so that a network can     |

@@ -9,6 +9,7 @@ Read ema.py before, data.py after.
 """
 
 import math
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +29,15 @@ from plumbing.snapshots import list_snapshots, load_snapshots
 
 def noise_levels(steps=32, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """The sampler's noise levels from sigma_max to sigma_min, and 0: steps + 1 floats [EDM, Eq. 5].
+    Raises ValueError for numbers that make no such levels.
     Why rho = 7: small steps at low noise, where the image's details are decided."""
+    if steps < 2:
+        raise ValueError(f"steps: must be at least 2, not {steps}")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min, sigma_max: must be positive and rising, "
+                         f"not {sigma_min}, {sigma_max}")
+    if not rho > 0:
+        raise ValueError(f"rho: must be positive, not {rho}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = (first + ramp * (last - first)) ** rho
@@ -41,7 +50,7 @@ def heun_steps(denoise, noise, labels=None, **levels):
     [EDM, Algorithm 1]. Arguments as in heun_sampler(). Yields x and its noise level before the
     first step and after each, steps + 1 times."""
     sigmas = noise_levels(**levels)
-    x = noise * sigmas[0]
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32)) * sigmas[0]
     yield x, sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
         slope = (x - denoise(x, sigma, labels)) / sigma
@@ -57,7 +66,7 @@ def heun_sampler(denoise, noise, labels=None, **levels):
     """The images that heun_steps() ends with.
 
     denoise(x, sigma, labels): the denoised images; x (B, C, S, S), sigma a float. noise:
-    (B, C, S, S), unit normal. levels: those of noise_levels(), steps >= 2.
+    (B, C, S, S), unit normal. levels: those of noise_levels(). Uses: heun_steps, noise_levels.
     Costs 2·steps - 1 calls of `denoise`."""
     for x, _ in heun_steps(denoise, noise, labels, **levels):
         pass
@@ -139,26 +148,36 @@ def find_snapshot(path, std):
     return reconstruct(load_snapshots(folder), [std])[0]
 
 
+def read_info(snapshot, path):
+    """The configuration and the facts of the dataset out of a snapshot. Raises ValueError."""
+    info, weights = snapshot.get("info", {}), snapshot.get("weights", [])
+    if (not {"variant", "model", "data"} <= info.keys() or not isinstance(weights, dict)
+            or not all(map(torch.is_tensor, weights.values()))):
+        raise ValueError("is not the snapshot of a denoiser")
+    Class, facts = config_class(info["variant"], DiTConfig, path), info["data"]
+    if unknown := info["model"].keys() - {f.name for f in fields(Class)}:
+        raise ValueError(f"has keys that this code does not know: {', '.join(sorted(unknown))}")
+    if missing := {"latent", "mean", "std", "classes", "counts"} - facts.keys():
+        raise ValueError(f"lacks facts about the data: {', '.join(sorted(missing))}")
+    config = Class(**info["model"])
+    if not config.num_classes:  # an unconditional run, perhaps on labelled images
+        facts = facts | {"classes": [], "counts": [sum(facts["counts"])]}
+    finite = np.isfinite(facts["mean"] + facts["std"]).all()
+    if len(facts["classes"]) != config.num_classes or not finite:
+        raise ValueError("its facts about the data do not fit the network, or are not finite")
+    return config, facts
+
+
 def load_denoiser(path, device, std=None):
     """The denoiser of a run directory or snapshot, see find_snapshot(), in eval mode, and the facts
     of its dataset. Raises UserError."""
     path = Path(path)
-    with reading(path):
+    with reading(path, ValueError):
         snapshot = find_snapshot(path, std)
-        if "info" not in snapshot:
-            raise ValueError("is not a snapshot")
-        info = snapshot["info"]
-        facts = info["data"]
-        config = config_class(info["variant"], DiTConfig)(**info["model"])
-    with reading(path, (ValueError, RuntimeError)):  # bugs of a variant keep their traceback
-        denoiser = Denoiser(config)
-    with reading(path):
+        config, facts = read_info(snapshot, path)
+    denoiser = Denoiser(config)
+    with reading(path, RuntimeError):  # which says what does not fit
         denoiser.load_state_dict(snapshot["weights"])
-        if not config.num_classes:  # of an unconditional run on labelled images
-            facts |= {"classes": [], "counts": [sum(facts["counts"])]}
-        finite = np.isfinite(facts["mean"] + facts["std"]).all()
-        if len(facts["classes"]) != config.num_classes or not finite:
-            raise ValueError("its facts about the data do not fit the network, or are not finite")
     return denoiser.to(device).eval(), facts
 
 

@@ -12,6 +12,7 @@ after; nothing under plumbing/ is needed to follow a step.
 import hashlib
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -21,13 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from data import batch_indices, describe, load_dataset, make_grid, to_network
 from ema import PowerEMA
 from layers import force_weight_normalization
-from model import Denoiser, DiTConfig, edm2_loss
+from model import Denoiser, DiTConfig, edm2_loss, weighted_error
 from plumbing.command import UserError, reading, run_main, status
-from plumbing.config import load_config
+from plumbing.config import experiment_id, load_config
 from plumbing.files import atomic_file, save_picture
 from plumbing.keys import Configuration, key
-from plumbing.processes import (PRECISIONS, choose_device, join_processes, leave_processes, rank,
-                                sum_over_processes, together, use_bfloat16, use_compile, world_size)
+from plumbing.processes import (PRECISIONS, choose_device, join_processes, leave_processes,
+                                provenance, rank, sum_over_processes, together, use_bfloat16,
+                                use_compile, world_size)
 from plumbing.run import Run
 from plumbing.snapshots import save_snapshot
 from sample import sample
@@ -35,7 +37,8 @@ from sample import sample
 
 @dataclass
 class TrainConfig(Configuration):
-    """One experiment. Raises a ValueError whose message starts with the key's name."""
+    """One experiment; the default one is configs/digits.toml. Raises a ValueError whose message
+    starts with the key's name."""
 
     out: str = key(
         "out/run", "run directory, where everything lands", resumable=True)
@@ -59,19 +62,19 @@ class TrainConfig(Configuration):
         "auto", "torch.compile the network: true, false or auto, which is true on CUDA",
         choices=("auto", "true", "false"), resumable=True)
     steps: int = key(
-        1200, "optimizer steps", 1, 10**9, resumable=True)
+        2000, "optimizer steps", 1, 10**9, resumable=True)
     batch: int = key(
         64, "images a step, over all processes and micro-batches", 1, 10**6)
     micro_batch: int = key(
         0, "images at once in one process (0: its whole share of the batch)", 0, 10**6,
         resumable=True)
     learning_rate: float = key(
-        0.01, "alpha_ref of the schedule, the rate between warm-up and decay", 1e-9, 1e3,
+        0.03, "alpha_ref of the schedule, the rate between warm-up and decay", 1e-9, 1e3,
         resumable=True)
     warmup_steps: int = key(
-        0, "steps over which the rate rises linearly", 0, 10**9, resumable=True)
+        50, "steps over which the rate rises linearly", 0, 10**9, resumable=True)
     decay_steps: int = key(
-        0, "t_ref: after this many steps the rate falls as 1/sqrt(step) (0: never)", 0, 10**9,
+        600, "t_ref: after this many steps the rate falls as 1/sqrt(step) (0: never)", 0, 10**9,
         resumable=True)
     p_mean: float = key(
         -0.4, "mean of ln(sigma) in training: higher for layout and shape, lower for detail",
@@ -85,9 +88,9 @@ class TrainConfig(Configuration):
     log_every: int = key(
         50, "steps between lines of log.jsonl", 1, 10**9, resumable=True)
     sample_every: int = key(
-        0, "steps between sample grids (0: only one, at the end)", 0, 10**9, resumable=True)
+        500, "steps between sample grids (0: only one, at the end)", 0, 10**9, resumable=True)
     snapshot_every: int = key(
-        0, "steps between EMA snapshots (0: only at the end)", 0, 10**9, resumable=True)
+        100, "steps between EMA snapshots (0: only at the end)", 0, 10**9, resumable=True)
     save_every: int = key(
         500, "steps between states to resume from; the last step always saves one", 1, 10**9,
         resumable=True)
@@ -107,8 +110,8 @@ def learning_rate(step, config):
 
 
 def make_generator(config, number, device):
-    """Generator `number` of a run. Why hash + number: torch seeds a generator with 32 bits, and no
-    two of a run may coincide."""
+    """Generator `number` of a run. Why the hash: on CPUs a generator uses only 32 bits of its seed.
+    Numbers keep those of a run apart, and hashes those of runs with different seeds."""
     start = int.from_bytes(hashlib.sha256(str(config.seed).encode()).digest()[:4], "big")
     return torch.Generator(device).manual_seed((start + number) % 2**32)
 
@@ -130,10 +133,11 @@ def draw_step(config, dataset, step, device):
     return draws
 
 
-def prepare_batch(config, facts, images, labels, draws, part):
-    """What edm2_loss takes of rows `part` (a slice) of a step: clean images, labels after dropout,
-    sigma and noise. images, labels: these rows as the dataset has them. draws: of all rows."""
-    draws = {name: draw[part].to(images.device) for name, draw in draws.items()}
+def prepare_batch(config, facts, images, labels, draws, rows):
+    """The arguments of the loss for some rows (a slice) of a step: clean images, labels after
+    dropout, sigma and noise. images, labels: these rows as the dataset has them; facts: the
+    dataset's. draws: of the whole step."""
+    draws = {name: draw[rows].to(images.device) for name, draw in draws.items()}
     if facts["latent"]:  # a fresh draw from the VAE's posterior
         mean, std = images.chunk(2, dim=1)
         images = mean + std * draws["posterior"]
@@ -141,40 +145,56 @@ def prepare_batch(config, facts, images, labels, draws, part):
     if "flip" in draws:
         images = torch.where(draws["flip"], images.flip(-1), images)
     null = config.model.num_classes
-    labels = labels.masked_fill(draws["drop"], null) if null else torch.zeros_like(labels)
+    if null == 0:  # unconditional: the null label is the only one
+        labels = torch.zeros_like(labels)
+    else:
+        labels = labels.masked_fill(draws["drop"], null)
     return images, labels, draws["sigma"], draws["noise"]
 
 
 def micro_batches(config):
-    """The rows of a step that this process computes, as slices of which each fits its memory."""
+    """The rows of a step that this process computes, as slices small enough for its memory."""
     share = config.batch // world_size()
     size = config.micro_batch or share
     first = rank() * share
     return [slice(start, start + size) for start in range(first, first + share, size)]
 
 
-def accumulate_gradients(config, facts, model, denoiser, teacher, batches, draws, step):
-    """Add up the gradients of the mean loss over a step's micro-batches, and over processes.
+def feed_micro_batches(config, dataset, first_step, device):
+    """Yield [images, labels] of each micro-batch of each step, as the dataset has them."""
+    def index_lists():
+        for step in range(first_step, config.steps):
+            indices = batch_indices(len(dataset), config.seed, step * config.batch, config.batch)
+            for rows in micro_batches(config):
+                yield indices[rows]
 
-    model: the denoiser, or what DDP makes of it. teacher: an average of it, for a variant's own
-    loss. batches: an iterator of [images, labels] as the dataset has them. draws: those of the
-    step. Returns this process' mean loss and its last micro-batch, for the log to look at."""
+    return dataset.feed(index_lists(), device)
+
+
+def accumulate_gradients(config, facts, model, denoiser, teacher, batches, draws, step):
+    """Add up the gradients of the mean loss over a step's micro-batches, and average them over
+    processes.
+
+    model: the denoiser, or what DDP makes of it. teacher: an average of it, which the extra loss of
+    a variant may use. batches: from feed_micro_batches(). draws: those of the step. Returns this
+    process' mean loss and its last micro-batch, for the log to look at."""
     denoiser.zero_grad()
     parts = micro_batches(config)
     mean_loss = 0.0
-    for part in parts:
-        images, labels, sigma, noise = prepare_batch(config, facts, *next(batches), draws, part)
+    for rows in parts:
+        images, labels, sigma, noise = prepare_batch(config, facts, *next(batches), draws, rows)
         if world_size() > 1:
-            model.require_backward_grad_sync = part is parts[-1]  # sum over processes only once
-        number = 2**31 + (step * config.batch + part.start) // (part.stop - part.start)
-        generator = make_generator(config, number, images.device)  # draw_step() has those below 2³¹
-        torch.manual_seed(hash((config.seed, number)))  # for a variant's dropout and the like
+            model.require_backward_grad_sync = rows is parts[-1]  # average over processes only once
+        number = 2**31 + (step * config.batch + rows.start) // (rows.stop - rows.start)
+        generator = make_generator(config, number, images.device)  # draw_step() has those below
+        torch.manual_seed(generator.initial_seed())  # which dropout draws from
 
-        loss = edm2_loss(model, denoiser.uncertainty, images, labels, sigma, noise)
-        extra = denoiser.net.extra_loss(teacher, images, generator)
+        u = denoiser.uncertainty(sigma)
+        loss = edm2_loss(model, u, images, labels, sigma, noise)
+        extra = denoiser.net.extra_loss(teacher, images, generator)  # 0 but for some variants
+        values = images[0].numel()  # EDM2 sums over channels and pixels
+        ((loss + extra) * values / len(parts)).backward()
         mean_loss += loss.detach() / len(parts)
-        pixels = images[0].numel()  # EDM2 sums over pixels
-        ((loss + extra) / len(parts) * pixels).backward()
     return mean_loss, (images, labels, sigma, noise)
 
 
@@ -190,34 +210,6 @@ def optimizer_step(denoiser, optimizer, rate):
     force_weight_normalization(denoiser)
 
 
-@torch.no_grad()
-def validation_loss(denoiser, config, dataset):
-    """The EDM-weighted error, without u, on 2,000 pairs of a held-out image and noise, in float32.
-    ln sigma is stratified over N(-0.4, 1): each pair has a stratum of 1/2000 of its distribution.
-    Why the same pairs for every run, whatever its seed and keys: new images and noise at every step
-    make a training loss too noisy to compare two runs by."""
-    pairs, size = 2000, 50
-    device = next(denoiser.parameters()).device
-    # in random order, since neighbouring images of a set are often alike
-    strata = torch.randperm(pairs, generator=torch.Generator().manual_seed(0))
-    in_bfloat16, denoiser.in_bfloat16 = denoiser.in_bfloat16, False
-    total = 0.0
-    for part in range(rank(), pairs // size, world_size()):
-        generator = torch.Generator().manual_seed(part)
-        places = np.arange(size * part, size * (part + 1))
-        jitter = torch.rand(size, generator=generator, dtype=torch.float64)
-        cdf = (strata[places] + jitter) / pairs
-        draws = {"noise": torch.randn(size, *dataset.shape, generator=generator),
-                 "posterior": torch.randn(size, *dataset.shape, generator=generator),
-                 "sigma": (torch.special.ndtri(cdf) - 0.4).exp().float(),
-                 "drop": torch.zeros(size, dtype=torch.bool)}
-        (images, labels), = dataset.feed([places * len(dataset) // pairs], device)
-        batch = prepare_batch(config, dataset.facts, images, labels, draws, slice(None))
-        total += edm2_loss(denoiser, torch.zeros_like, *batch).item()
-    denoiser.in_bfloat16 = in_bfloat16
-    return sum_over_processes([total])[0] / (pairs // size)
-
-
 def build(config, device, bfloat16=False):
     """The denoiser, its averages and its optimizer, at the start of training."""
     torch.manual_seed(config.seed)
@@ -229,7 +221,8 @@ def build(config, device, bfloat16=False):
         scale = lr_scale.get(p, 1.0)
         groups.setdefault(scale, {"lr_scale": scale, "params": []})["params"].append(p)
     optimizer = torch.optim.Adam(list(groups.values()), betas=(0.9, 0.99), fused=True)
-    return denoiser, PowerEMA(denoiser, config.ema_stds), optimizer
+    ema = PowerEMA(denoiser, config.ema_stds, id=experiment_id(config))
+    return denoiser, ema, optimizer
 
 
 def train(config, dataset, denoiser, ema, optimizer, run):
@@ -239,10 +232,8 @@ def train(config, dataset, denoiser, ema, optimizer, run):
     holds whole steps and nothing else."""
     device = next(denoiser.parameters()).device
     model = DistributedDataParallel(denoiser) if world_size() > 1 else denoiser
-    average = ema.averages[min(config.ema_stds)]  # the narrowest is the first to be good
-    indices = (batch_indices(len(dataset), config.seed, step * config.batch, config.batch)[part]
-               for step in range(run.step, config.steps) for part in micro_batches(config))
-    batches = dataset.feed(indices, device)
+    average = ema.averages[min(config.ema_stds)]  # the narrowest lags least behind the training
+    batches = feed_micro_batches(config, dataset, run.step, device)
 
     for step in run.steps():
         draws = draw_step(config, dataset, step, device)
@@ -252,20 +243,64 @@ def train(config, dataset, denoiser, ema, optimizer, run):
         ema.update(denoiser, step + 1)
 
         due = run.finish_step(loss)
-        val_loss = None
+        errors = None
         if "val" in due and dataset.holdout:
-            val_loss = validation_loss(average, config, dataset.holdout)
+            errors = validation_errors(average, config, dataset.holdout)
         if due:
             with together():
                 if rank() == 0:
-                    write(run, due, denoiser, ema, batch, val_loss)
+                    write(run, due, denoiser, ema, batch, errors)
+
+
+VALIDATION_PAIRS = 2000  # of a held-out image and noise
+VALIDATION_BATCH = 50
+
+
+@contextmanager
+def in_float32(denoiser):
+    """Run the network in float32, whatever its precision is in training."""
+    before, denoiser.in_bfloat16 = denoiser.in_bfloat16, False
+    try:
+        yield
+    finally:
+        denoiser.in_bfloat16 = before
+
+
+@torch.no_grad()
+def validation_errors(denoiser, config, dataset):
+    """The weighted error of 2,000 fixed triples of held-out image, sigma and noise, in float32: its
+    means over tenths of them, by rising sigma, a list. Their mean is val_loss.
+
+    ln sigma follows N(-0.4, 1) and is stratified: of 2,000 equally likely intervals each has one
+    sigma. Why the same for every run, whatever its seed and keys: new images and noise at every
+    step make a training loss too noisy to compare two runs by."""
+    device = next(denoiser.parameters()).device
+    # intervals go to images at random, since neighbouring images of a set are often alike
+    intervals = torch.randperm(VALIDATION_PAIRS, generator=torch.Generator().manual_seed(0))
+    sums = torch.zeros(10, dtype=torch.float64)
+    for number in range(rank(), VALIDATION_PAIRS // VALIDATION_BATCH, world_size()):
+        generator = torch.Generator().manual_seed(number)
+        pairs = np.arange(VALIDATION_BATCH * number, VALIDATION_BATCH * (number + 1))
+        jitter = torch.rand(VALIDATION_BATCH, generator=generator, dtype=torch.float64)
+        cdf = (intervals[pairs] + jitter) / VALIDATION_PAIRS
+        shape = (VALIDATION_BATCH, *dataset.shape)
+        draws = {"noise": torch.randn(shape, generator=generator),
+                 "posterior": torch.randn(shape, generator=generator),
+                 "sigma": (torch.special.ndtri(cdf) - 0.4).exp().float(),
+                 "drop": torch.zeros(VALIDATION_BATCH, dtype=torch.bool)}
+        images, labels = next(dataset.feed([pairs * len(dataset) // VALIDATION_PAIRS], device))
+        batch = prepare_batch(config, dataset.facts, images, labels, draws, slice(None))
+        with in_float32(denoiser):
+            error = weighted_error(denoiser, *batch)
+        sums.index_add_(0, intervals[pairs] * 10 // VALIDATION_PAIRS, error.double().cpu())
+    return [10 * total / VALIDATION_PAIRS for total in sum_over_processes(sums.tolist())]
 
 
 @torch.no_grad()
 def magnitudes(denoiser, images, labels, sigma, noise):
     """Mean token RMS after the first, middle and last block for a micro-batch, and RMS of the
     weights. It takes one more forward pass, not compiled. Why: the paper claims that token RMS
-    stays near 1, and the log shows whether it does; mp weights are forced to 1."""
+    stays near 1, and the log shows whether it does; MPLinear weights are forced to 1."""
     blocks, rms = denoiser.net.blocks, {}
 
     def watch(name):
@@ -286,20 +321,37 @@ def magnitudes(denoiser, images, labels, sigma, noise):
     return rms
 
 
-def write(run, due, denoiser, ema, batch, val_loss):
-    """Write what is `due` after a step: lines of the log, snapshots, samples, and a state.
+def save_samples(config, facts, average, path):
+    """Write a grid of ten samples of each of the first ten classes to path.png, image i from seed
+    i; latents to path.npz."""
+    classes = facts["classes"][:min(config.model.num_classes, 10)]  # none of an unconditional run
+    labels = torch.arange(len(classes) or 1).repeat_interleave(10)
+    at_once = 4 * config.micro_batch if config.micro_batch else 100  # without gradients more fit
+    images = torch.cat([sample(average, facts, labels[seeds], seeds.tolist())
+                        for seeds in torch.arange(len(labels)).split(at_once)])
+    if facts["latent"]:
+        with atomic_file(f"{path}.npz") as file:
+            np.savez(file, latents=images, labels=labels)
+    else:
+        save_picture(make_grid(images, 10, classes), f"{path}.png")
+
+
+def write(run, due, denoiser, ema, batch, errors):
+    """Write what is `due` after a step: lines of the log, snapshots, samples, and a state. errors:
+    from validation_errors(), or None.
     Why the state last: a run resumes from it, and everything before it must be on disk by then."""
     run.check_lock()
     config = run.config
     if "log" in due:
         gradients = [p.grad for p in denoiser.parameters() if p.ndim == 2 and p.grad is not None]
         run.log(images=run.step * config.batch,
-                learning_rate=learning_rate(run.step - 1, config),
+                learning_rate=learning_rate(run.step - 1, config),  # that of the step just done
                 loss=run.mean_loss,
                 gradient_norm=torch.nn.utils.get_total_norm(gradients).item(),
                 **magnitudes(denoiser, *batch))
-    if val_loss is not None:
-        run.log(val_loss=val_loss)
+    if errors:
+        val_loss = sum(errors) / len(errors)
+        run.log(val_loss=val_loss, error_by_sigma=errors)
         status(f"step {run.step}  val_loss {val_loss:.4f}")
     if "snapshot" in due:
         info = {"variant": config.variant, "model": asdict(config.model), "data": run.facts}
@@ -310,22 +362,6 @@ def write(run, due, denoiser, ema, batch, val_loss):
         save_samples(config, run.facts, ema.averages[max(config.ema_stds)], path)
     if "save" in due:
         run.save()
-
-
-def save_samples(config, facts, average, path):
-    """Write a grid of ten samples of each of the first ten classes to path.png, always of the same
-    seeds; latents to path.npz."""
-    classes = facts["classes"][:min(config.model.num_classes, 10)]  # none of an unconditional run
-    labels = torch.arange(len(classes) or 1).repeat_interleave(10)
-    at_once = 4 * config.micro_batch if config.micro_batch else 100  # without gradients more fit
-    images = [sample(average, facts, labels[seeds], seeds.tolist())
-              for seeds in torch.arange(len(labels)).split(at_once)]
-    images = torch.cat(images)
-    if facts["latent"]:
-        with atomic_file(f"{path}.npz") as file:
-            np.savez(file, latents=images, labels=labels)
-    else:
-        save_picture(make_grid(images, 10, classes), f"{path}.png")
 
 
 def main():
@@ -351,7 +387,8 @@ def main():
         if compiles:
             denoiser.net.compile()
     parts = {"weights": denoiser, "ema": ema, "optimizer": optimizer}
-    run = Run(config, dataset.facts, describe, parts, compiles)
+    run = Run(config, dataset.facts, describe, parts, compiles, **provenance(device),
+              precision="bfloat16" if bfloat16 else "float32")
     parameters = sum(p.numel() for p in denoiser.parameters())
     print(f"{parameters:,} parameters, {len(dataset):,} images, {device.type} x {world_size()}, "
           f"steps {run.step} to {config.steps}"

@@ -14,9 +14,9 @@ from sample import heun_sampler
 
 
 def training_step(denoiser, optimizer, rate, images, labels, sigma, noise):
-    loss = edm2_loss(denoiser, denoiser.uncertainty, images, labels, sigma, noise)
+    loss = edm2_loss(denoiser, denoiser.uncertainty(sigma), images, labels, sigma, noise)
     optimizer.zero_grad()
-    (loss * images[0].numel()).backward()  # a sum over pixels
+    (loss * images[0].numel()).backward()  # a sum over channels and pixels
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
     force_weight_normalization(denoiser)  # rows back to RMS 1, so that only their directions have changed

@@ -50,9 +50,9 @@ def existing_file(path):
 
 @contextmanager
 def reading(name, errors=Exception):
-    """Turn whatever goes wrong inside into one UserError that names what is read.
-    Why: for a damaged file libraries raise all sorts of exceptions. errors: the kinds to turn; give it where a user's
-    own code runs, whose bugs should keep their traceback."""
+    """Turn what goes wrong while a library reads a file into one UserError that names the file. Why: for a damaged file
+    libraries raise all sorts of exceptions. Around anything else name the errors to turn, or the bugs of whoever changes
+    that code would look like damaged files."""
     try:
         yield
     except (UserError, NameError):
@@ -60,7 +60,7 @@ def reading(name, errors=Exception):
     except errors as error:
         text = getattr(error, "strerror", None) or str(error)
         if not isinstance(error, (ValueError, OSError)):
-            text = f"{type(error).__name__}: {text}"
+            text = f"{type(error).__name__}: {text} (TRACEBACK=1 shows where)"
         text = " ".join(re.sub(r" <_io[^>]*>", "", text).split())[:300]
         raise UserError(text if str(name) in text else f"{name}: {text}") from error
 

@@ -5,26 +5,30 @@ says of which file under variants/ that one is."""
 
 import argparse
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import json
 import sys
 import tomllib
 import typing
 from dataclasses import asdict, fields
+from pathlib import Path
 
 from plumbing.command import Parser, UserError, existing_file, reading
-from plumbing.keys import check_value
+from plumbing.keys import check_value, keys_of
 
 
-def config_class(variant, default):
-    """The class that configures the network: `default`, or Config of variants/<variant>.py. Raises ValueError."""
+def config_class(variant, default, where):
+    """The class that configures the network: `default`, or Config of variants/<variant>.py. Raises UserError, which
+    begins with `where` the variant is named; bugs in that file keep their traceback."""
     if not variant:
         return default
     if not (str(variant).isidentifier() and importlib.util.find_spec(f"variants.{variant}")):
-        raise ValueError(f"there is no variants/{str(variant)[:60]}.py")
+        raise UserError(f"{where}: there is no variants/{str(variant)[:60]}.py")
     module = importlib.import_module(f"variants.{variant}")
     if not hasattr(module, "Config"):
-        raise ValueError(f"variants/{variant}.py is no network to train")
+        raise UserError(f"{where}: variants/{variant}.py is no network to train")
     return module.Config
 
 
@@ -48,6 +52,19 @@ def with_newer_keys(saved, config):
     return flatten(type(config)(model=type(config.model)(**model))) | saved
 
 
+def experiment_id(config):
+    """A text that is the same for all runs with the same values of the keys that say what the experiment is."""
+    resumable = resumable_keys(config)
+    keys = {name: value for name, value in flatten(config).items() if name not in resumable}
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+
+
+def dataset_of(run):
+    """Name of the dataset that a run directory was trained on. Raises UserError."""
+    with reading(f"{run} is no run directory, or its config.toml is damaged"):
+        return tomllib.loads(existing_file(Path(run) / "config.toml").read_text(encoding="utf-8"))["dataset"]
+
+
 def parse_text(text, kind):
     """A word of the command line as TOML would give it: numbers, true and false, lists written a,b,c; else the text."""
     if typing.get_origin(kind) is tuple:
@@ -69,20 +86,20 @@ def read_table(path):
 
 
 def add_options(parser, Class, prefix=""):
-    """An option for each key of a configuration class. Returns the dataclass fields by the names of their options."""
-    keys = {f"{prefix}{f.name}": f for f in fields(Class) if f.metadata}
-    for name, f in keys.items():
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        text = f"{f.metadata['doc']} [{default}]".replace("%", "%%")  # which argparse would format
-        parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
-    return keys
+    """An option for each key of a configuration class. Returns {name of the option: (type, bounds)}."""
+    for f in fields(Class):
+        if f.metadata:
+            default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            text = f"{f.metadata['doc']} [{default}]".replace("%", "%%")  # which argparse would format
+            parser.add_argument(f"--{prefix}{f.name}", metavar="", default=argparse.SUPPRESS, help=text)
+    return {f"{prefix}{name}": key for name, key in keys_of(Class).items()}
 
 
 def refuse_unknown(words, table, file, keys, hint):
     """Raises UserError for the first word of the command line or key of the file that is no key, with the nearest."""
     words = [word.split("=")[0] for word in words]
     known = {full.split(".")[-1]: full for full in ("config", *keys)}  # the right key may be in the other table
-    for name in (*words, *(table.keys() - keys.keys())):
+    for name in (*words, *(name for name in table if name not in keys)):
         near = [known[last] for last in difflib.get_close_matches(name.lstrip("-").split(".")[-1], known)]
         if name.endswith(".toml"):
             near = [f"config={name}"]
@@ -102,18 +119,19 @@ def load_config(Class, argv):
     first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     table = read_table(first.config) if first.config else {}
     Default, = (f.default_factory for f in fields(Class) if f.name == "model")
-    with reading("--variant" if "variant" in first else first.config, ValueError):
-        Model = config_class(getattr(first, "variant", table.get("variant", "")), Default)
+    where = "--variant" if "variant" in first else first.config
+    Model = config_class(getattr(first, "variant", table.get("variant", "")), Default, where)
     keys |= add_options(parser, Model, "model.")
     given, unknown = parser.parse_known_args(argv)
     hint = "see --help" + "; keys of a variant need --variant=NAME" * (Model is Default)
     refuse_unknown(unknown, table, first.config, keys, hint)
 
-    given = {name: parse_text(text, keys[name].type) for name, text in vars(given).items() if name != "config"}
+    given = {name: parse_text(text, keys[name][0]) for name, text in vars(given).items() if name != "config"}
     for where, values in ((first.config, table), ("command line", given)):
-        with reading(where):
+        with reading(where, ValueError):
             for name, value in values.items():
-                check_value(name, value, keys[name].type, *keys[name].metadata["bounds"])
+                kind, bounds = keys[name]
+                check_value(name, value, kind, *bounds)
     values = table | given
     model = {name.removeprefix("model."): values.pop(name) for name in list(values) if name.startswith("model.")}
     with reading("configuration", ValueError):

@@ -1,5 +1,5 @@
 """Files that are written whole or not at all, and .pt files that are refused when damaged. Nothing here is about
-diffusion."""
+diffusion, and it imports nothing of ours."""
 
 import hashlib
 import os
@@ -10,9 +10,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.command import reading
-
-FORMAT = 3  # of .pt files; in earlier ones the same weights meant something else
+FORMAT = 4  # of .pt files; in earlier ones the same weights meant something else
 
 
 @contextmanager
@@ -36,8 +34,8 @@ def atomic_file(path):
 
 
 def digest(value, sha=None):
-    """SHA-256 over a tree of dicts, lists, plain values and tensors: names, types, shapes and bytes.
-    Why: torch.load() does not notice a flipped bit."""
+    """SHA-256 over a tree of dicts, lists, plain values and tensors: names, types, shapes and bytes. Raises ValueError
+    for anything else, which torch.load(weights_only=True) could not read. Why: it does not notice a flipped bit."""
     sha = sha or hashlib.sha256()
     if torch.is_tensor(value):
         if value.nbytes > value.untyped_storage().nbytes():  # strides of 0 can claim any shape
@@ -48,15 +46,22 @@ def digest(value, sha=None):
         sha.update(f"{type(value).__name__}{len(value)}".encode())
         for part in value.items() if isinstance(value, dict) else value:
             digest(part, sha)
-    else:
+    elif type(value) in (str, int, float, bool, type(None)):
         sha.update(f"{type(value).__name__}{value!r};".encode())
+    else:
+        raise ValueError(f"holds a {type(value).__name__}, {str(value)[:60]!r}: only plain numbers, texts, lists, dicts "
+                         "and tensors can be read again")
     return sha.hexdigest()
 
 
 def save_file(path, content):
-    """Write a dict of plain values and tensors, with a format number and its digest."""
+    """Write a dict of plain values and tensors, with a format number and its digest. Raises ValueError for others."""
+    try:
+        sha256 = digest(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     with atomic_file(path) as file:
-        torch.save({"format": FORMAT, "sha256": digest(content)} | content, file)
+        torch.save({"format": FORMAT, "sha256": sha256} | content, file)
 
 
 def load_file(path, mmap=False):
@@ -85,10 +90,13 @@ def save_picture(picture, path, **options):
 
 
 def download(url, path, sha256):
-    """Fetch a file unless there is one at `path`. It appears there whole.
+    """Fetch a file unless there is one at `path`. It appears there whole. Raises OSError.
     sha256: its hash, or the first digits of that; a file that is there already is not checked."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # torch.hub has no time-out of its own
-        with reading(f"cannot download {url}; try again, or put the file at {path}"):
+        try:
             torch.hub.download_url_to_file(url, str(path), sha256)
+        except (OSError, RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise OSError(f"cannot download {url}: {text}; try again, or put the file at {path}") from error

@@ -32,12 +32,17 @@ def check_value(name, value, kind, low, high, choices):
     return kind(value)
 
 
+def keys_of(Class):
+    """{name: (type, bounds)} of the keys of a configuration class; fields that are configurations are left out."""
+    kinds = typing.get_type_hints(Class)  # a file may postpone its annotations, which then are texts
+    return {f.name: (kinds[f.name], f.metadata["bounds"]) for f in fields(Class) if f.metadata}
+
+
 @dataclass
 class Configuration:
     """The base of every configuration: its keys are checked when it is made, so that nobody can construct an invalid
     one. Raises a ValueError whose message starts with the key's name."""
 
     def __post_init__(self):
-        for f in fields(self):
-            if f.metadata:  # else it is a configuration itself
-                setattr(self, f.name, check_value(f.name, getattr(self, f.name), f.type, *f.metadata["bounds"]))
+        for name, (kind, bounds) in keys_of(type(self)).items():
+            setattr(self, name, check_value(name, getattr(self, name), kind, *bounds))

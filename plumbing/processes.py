@@ -1,12 +1,16 @@
 """Devices, and the processes that torchrun starts: they join, agree, fail together and leave. Nothing here is about
-diffusion. In one process, all of it does what one would expect."""
+diffusion. With one process, each function about several does nothing or returns what it is given."""
 
 import os
+import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,6 +60,23 @@ def use_compile(setting, device):
     if setting == "true":
         check_compiler(device)
     return setting == "true" or setting == "auto" and device.type == "cuda"
+
+
+def provenance(device):
+    """What a run is made with: commit (if there is git), torch, and the GPU or processor. Why: numbers can only be made
+    again by whoever knows with what they were made."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")  # of Linux
+        names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+        hardware = names[0] if names else platform.processor() or platform.machine()
+    return {"commit": commit or "unknown", "torch": torch.__version__, "hardware": hardware}
 
 
 def rank():
@@ -114,22 +135,22 @@ def exchange(text):
 def together():
     """A part in which a process may raise UserError or OSError: then all of them raise UserError. Why: so that the
     error is printed once, and no process waits for one that has ended."""
-    refusal = ""
+    cause, text = None, ""
     try:
         yield
     except (UserError, OSError) as error:
         if world_size() == 1:
             raise
-        refusal = str(error)[:2000]
-    refusal = next(filter(None, exchange(refusal)), "")
-    if refusal:
-        raise UserError(refusal if os.environ.get("LOCAL_RANK", "0") == "0" else "")
+        cause, text = error, str(error)[:2000]
+    text = next(filter(None, exchange(text)), "")
+    if text:
+        raise UserError(text if os.environ.get("LOCAL_RANK", "0") == "0" else "") from cause
 
 
 def draw_in_shares(draw, total, batch):
-    """Draw images 0..total-1, `batch` at a time in each process. Yields the numbers of this process' share and what
+    """Draw samples 0..total-1, `batch` at a time in each process. Yields the numbers of this process' share and what
     draw(numbers) makes of them. Why shares are equal, and the last numbers wrap around: gather() wants tensors of one
-    shape. Images that are drawn twice come last, and collect() cuts them off."""
+    shape. Samples that are drawn twice come last, and collect() cuts them off."""
     at_once = batch * world_size()
     starts = range(0, total, at_once)
     for start in track(starts, "images", total, lambda start: min(at_once, total - start)):

@@ -62,17 +62,21 @@ def newest_state(out, save_every):
     return None, None, []
 
 
-def check_same_experiment(state, config, facts, describe):
-    """Raises ValueError if a state belongs to a different experiment: another configuration, other data, more steps."""
+def check_same_experiment(path, state, config, facts, describe):
+    """Raises UserError if a state belongs to a different experiment: another configuration, other data, more steps."""
+    if not {"config", "data", "step", "losses"} <= state.keys():
+        raise UserError(f"{path}: is not the state of a training")
+    if state["config"]["variant"] == config.variant:
+        state["config"] = with_newer_keys(state["config"], config)
     changed = differences(state["config"], flatten(config), resumable_keys(config))
     hashes = state["data"]["hashes"]
     other = [name for name, sha in facts["hashes"].items() if hashes[name] != sha]
     if not changed and other:
         changed = f"other {' and '.join(other)}: {describe(state['data'])}; not {describe(facts)}"
     if changed:
-        raise ValueError(f"was trained with {changed}; choose another out")
+        raise UserError(f"{path}: was trained with {changed}; choose another out")
     if state["step"] > config.steps:
-        raise ValueError(f"already trained for {state['step']} steps; ask for more or choose another out")
+        raise UserError(f"{path}: already trained for {state['step']} steps; ask for more or choose another out")
 
 
 class Run:
@@ -81,11 +85,12 @@ class Run:
     step: how many steps are done. mean_loss: over the steps since the line of the log before, whenever "log" is due.
     facts: of the data, with their hashes; describe(facts): the same in one line. parts: what a state holds, by name,
     each with state_dict() and load_state_dict(). compiles: whether the first step also compiles the network, so that
-    its time tells nothing. Raises UserError, on all processes, if the directory is in use or belongs to a different
-    experiment, or if the processes do not agree."""
+    its time tells nothing. provenance: what the first line of a new log says. Raises UserError, on all processes, if
+    the directory is in use or belongs to a different experiment, or if the processes do not agree."""
 
-    def __init__(self, config, facts, describe, parts, compiles=False):
+    def __init__(self, config, facts, describe, parts, compiles=False, **provenance):
         self.config, self.facts, self.parts, self.out = config, facts, parts, Path(config.out)
+        self.provenance = provenance
         self.step, self.saved = 0, {"config": flatten(config), "sha256": ""}
         self.losses = {"sum": 0.0, "finite": 0.0, "not finite": 0.0}  # since the last line of the log
         self.signals, self.stopping, self.compiles = [], False, compiles
@@ -104,14 +109,11 @@ class Run:
         """Load the newest good state, if there is one. Returns what is wrong with a newer one."""
         path, state, damaged = newest_state(self.out, self.config.save_every)
         if state:
-            with reading(path):
-                if state["config"]["variant"] == self.config.variant:
-                    state["config"] = with_newer_keys(state["config"], self.config)
-                check_same_experiment(state, self.config, self.facts, describe)
-                for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
-                self.losses |= dict(zip(self.losses, state["losses"]))
-                self.step, self.saved = state["step"], {name: state[name] for name in ("config", "sha256")}
+            check_same_experiment(path, state, self.config, self.facts, describe)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.step, self.losses = state["step"], state["losses"]
+            self.saved = {name: state[name] for name in ("config", "sha256")}
         return damaged
 
     def check_agreement(self):
@@ -137,6 +139,8 @@ class Run:
             for name, value in flatten(self.config).items():
                 file.write(f"{name} = {json.dumps(value, ensure_ascii=False)}\n".encode())
         self.cut_log()
+        if not (self.out / "log.jsonl").stat().st_size:
+            self.log(**self.provenance)
         if changed := differences(flatten(self.config), self.saved["config"], LOCAL):
             self.log(changed=changed)
             print(f"changed since the last training: {changed}", flush=True)
@@ -248,7 +252,8 @@ class Run:
     def save(self):
         """Write the state, and keep the one before it."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": self.step, "losses": list(self.losses.values()), "config": flatten(self.config),
+        state |= {"step": self.step, "losses": {name: float(total) for name, total in self.losses.items()},
+                  "config": flatten(self.config),
                   "data": self.facts}
         save_file(self.out / "state-next.pt", state)
         if (self.out / "state.pt").exists():

@@ -1,8 +1,11 @@
 """Snapshots of averages on disk, <folder>/<step>-<std>.pt, from which ema.py mixes other widths. Each is a dict of step,
-std, info (plain values, whatever its owner needs), weights, and buffers, the names of those that are no parameters."""
+std, info (plain values, whatever its owner needs), training (which one it comes from), weights, and buffers, the names
+of those that are not averaged."""
 
 import re
 from pathlib import Path
+
+import torch
 
 from plumbing.files import load_file, save_file
 
@@ -16,16 +19,26 @@ def write_snapshot(folder, snapshot):
 
 def save_snapshot(folder, average, step, std, info=None):
     """Write the snapshot of a module, and `info`, a dict of plain values. Returns its path. Parameters are stored in
-    float16, those that it cannot hold in float32, buffers as they are."""
-    weights, parameters = {}, dict(average.named_parameters(remove_duplicate=False))
-    for name, tensor in average.state_dict().items():
-        weights[name] = tensor.cpu().contiguous()
-        if name in parameters and tensor.is_floating_point():
-            full, half = weights[name].float(), weights[name].half()
+    float16, those that it cannot hold in float32; buffers, and what PowerEMA never averages, as they are. Raises
+    ValueError for what could not be loaded again."""
+    frozen = {id(tensor) for tensor in getattr(average, "frozen", [])}
+    averaged = {id(p) for p in average.parameters()} - frozen  # by identity: wrappers change names
+    weights, buffers = {}, []
+    for name, tensor in average.state_dict(keep_vars=True).items():
+        if not torch.is_tensor(tensor):  # an extra state
+            weights[name] = tensor
+            buffers.append(name)
+            continue
+        weights[name] = tensor.detach().cpu().contiguous()
+        if id(tensor) not in averaged:
+            buffers.append(name)
+        elif tensor.is_floating_point():
+            full = weights[name].float()
+            half = full.half()
             weights[name] = full if (half.float() - full).norm() > 0.01 * full.norm() else half
-    buffers = [name for name in weights if name not in parameters]
-    snapshot = {"step": step, "std": std, "info": info or {}, "weights": weights, "buffers": buffers}
-    return write_snapshot(folder, snapshot)
+    training = getattr(average, "training_id", "")  # as PowerEMA tells its averages
+    return write_snapshot(folder, {"step": int(step), "std": float(std), "info": info or {}, "training": training,
+                                   "weights": weights, "buffers": buffers})
 
 
 def list_snapshots(folder):
@@ -47,7 +60,7 @@ def load_snapshots(folder, step=None):
         if saved > step:
             continue
         snapshot = load_file(path, mmap=True)
-        if not {"step", "std", "info", "weights", "buffers"} <= snapshot.keys():
+        if not {"step", "std", "info", "training", "weights", "buffers"} <= snapshot.keys():
             raise ValueError(f"{path}: is not a snapshot")
         del snapshot["sha256"]  # which is the file's
         snapshots.append(snapshot)

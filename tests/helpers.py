@@ -62,7 +62,11 @@ def run(*words):
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The lines of a log but for the first, which says on what machine it was made."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 0 and {"commit", "torch", "hardware", "precision"} < lines[0].keys()
+    assert all("torch" not in line for line in lines[1:])
+    return lines[1:]
 
 
 def same_losses(a, b, rel=1e-4):

@@ -1,9 +1,11 @@
 import math
 import random
+import threading
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ema import PowerEMA, inner_products, reconstruct, solve_coefficients, std_to_gamma
 from plumbing.files import load_file, save_file
@@ -160,5 +162,90 @@ def test_snapshots_that_do_not_fit_together_are_named(tmp_path):
         save_snapshot(tmp_path, torch.nn.Linear(3, 3), step, 0.05)
     for module, info in ((torch.nn.Linear(3, 4), None), (torch.nn.Linear(3, 3), {"model": 1})):
         save_snapshot(tmp_path, module, 8, 0.05, info)
-        with pytest.raises(ValueError, match="step 8, width 0.05 belongs to a different model .* step 12, width 0.05"):
+        with pytest.raises(ValueError, match="step 8, width 0.05 is from another model than .* step 12, width 0.05"):
             reconstruct(load_snapshots(tmp_path), [0.1])
+
+
+def test_snapshots_of_two_trainings_are_not_mixed(tmp_path):
+    for value, steps in ((5.0, 100), (1.0, 60)):
+        module = torch.nn.Linear(2, 2, bias=False)
+        ema = PowerEMA(module)
+        for step in range(1, steps + 1):
+            module.weight.data.fill_(value)
+            ema.update(module, step)
+            for std in ema.averages if step % 10 == 0 else ():
+                save_snapshot(tmp_path, ema.averages[std], step, std)
+    ours, = reconstruct(load_snapshots(tmp_path, step=60), [0.15])
+    assert ours["weights"]["weight"].mean() == pytest.approx(1)
+    with pytest.raises(ValueError, match="step 10, width 0.05 is from another training than the last, of step 100"):
+        reconstruct(load_snapshots(tmp_path), [0.15])
+    other = PowerEMA(torch.nn.Linear(2, 2, bias=False))
+    other.load_state_dict(ema.state_dict())  # resumed, it is the same training
+    assert all(average.training_id == ema.id == other.id for average in other.averages.values())
+
+
+class Odd(torch.nn.Module):
+    """Frozen parameters and integers among the parameters, and a wrapper that changes names."""
+
+    def __init__(self):
+        super().__init__()
+        self.frequencies = torch.nn.Parameter(torch.randn(64) * 16, requires_grad=False)
+        self.table = torch.nn.Parameter(torch.arange(3000), requires_grad=False)
+        self.trained = checkpoint_wrapper(torch.nn.Linear(2, 2).bfloat16())
+
+
+def test_what_is_not_averaged_is_exact_whatever_wrappers_call_it(tmp_path):
+    module = Odd()
+    ema = PowerEMA(module, (0.05, 0.1))
+    for step in range(1, 11):
+        module.trained.weight.data.fill_(step)
+        ema.update(module, step)
+        for std, average in ema.averages.items():
+            save_snapshot(tmp_path, average, step, std)
+    snapshot, = reconstruct(load_snapshots(tmp_path), [0.07])
+    assert snapshot["buffers"] == ["frequencies", "table"] and sorted(snapshot["weights"]) == sorted(module.state_dict())
+    for weights in (snapshot["weights"], ema.averages[0.1].state_dict()):
+        assert torch.equal(weights["frequencies"], module.frequencies) and torch.equal(weights["table"], module.table)
+    weight = snapshot["weights"]["trained.weight"]
+    assert weight.dtype == torch.float32 and 6 < weight.min() == weight.max() < 10
+
+
+def test_modules_that_cannot_be_averaged_are_refused():
+    patched, shared, lazy = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Linear(2, 2), torch.nn.LazyLinear(2)
+    patched[0].forward = torch.compile(patched[0].forward, backend="eager")
+    shared.weight.device_mesh = None  # as parameters sharded by FSDP have one
+    locked = torch.nn.Linear(2, 2)
+    locked.lock = threading.Lock()
+    for module, said in ((patched, "the forward of 0 was replaced"), (shared, "weight is sharded"),
+                         (lazy, "weight has no shape yet"), (locked, "this Linear cannot be copied: .*lock")):
+        with pytest.raises(ValueError, match=f"^{said}[^\n]*$"):
+            PowerEMA(module)
+    ema = PowerEMA(torch.nn.Linear(2, 2))
+    for other in (torch.nn.Linear(2, 3), torch.nn.Linear(2, 2, bias=False), torch.nn.Sequential(torch.nn.Linear(2, 2))):
+        with pytest.raises(ValueError, match="not the module that PowerEMA was made of: .*(weight|bias)"):
+            ema.update(other, 1)
+    ema.update(torch.nn.Linear(2, 2), 1)
+
+
+def test_batch_statistics_of_an_average_are_renewed_by_update_bn():
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1, affine=False))
+    ema = PowerEMA(module, (0.1,))
+    for step in range(1, 201):
+        module[0].weight.data.fill_(step)
+        module(torch.randn(64, 1))
+        ema.update(module, step)
+    average, x = ema.averages[0.1], torch.randn(4096, 1)
+    assert torch.equal(average[1].running_var, module[1].running_var) and abs(average(x).std() - 1) > 0.05
+    torch.optim.swa_utils.update_bn(torch.randn(20, 512, 1), average)
+    assert average(x).std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_only_what_can_be_read_again_is_saved(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    path = save_snapshot(tmp_path, module, np.int64(1), np.float64(0.1), {"rate": 0.5, "names": ["a"], "none": None})
+    snapshot = load_file(path)
+    assert (snapshot["step"], snapshot["std"]) == (1, 0.1) and type(snapshot["std"]) is float
+    for value in (np.float64(0.5), tmp_path, {"a"}, torch.bfloat16, len):
+        with pytest.raises(ValueError, match=f"0000002-0.100.pt: holds a {type(value).__name__}"):
+            save_snapshot(tmp_path, module, 2, 0.1, {"value": value})
+    assert [path.name for path in tmp_path.iterdir()] == ["0000001-0.100.pt"]

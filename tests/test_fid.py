@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -88,28 +90,46 @@ def test_statistics_are_mean_and_covariance_of_any_source(folder, processes):
         assert f"warning: {b}: 40 images are few for 16" in result.stderr and "warning: other" not in result.stderr
 
 
-def test_a_torchscript_file_gives_its_features_in_eval_mode(folder):
-    class Mean(torch.nn.Dropout):
-        def forward(self, x):
-            return F.dropout(x.float().mean(dim=(2, 3)), 0.5, self.training)
+MODULE = """
+import torch
 
-    torch.jit.script(Mean().train()).save("mean.pt")
-    assert call("fid.py", "stats", "folder", "--features=mean.pt", "--out=stats.npz").stdout == "stats.npz\n"
+class Features(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.dropout(images.float().mean(dim=(2, 3))) * self.scale
+"""
+
+
+def test_features_of_a_module_are_strict_and_in_eval_mode(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    (folder / "means.py").write_text(MODULE)
+    (folder / "flat.py").write_text(MODULE.replace(".mean(dim=(2, 3))", "").replace(" * self.scale", ".mean()"))
+    torch.save({"scale": torch.tensor([1.0, 2, 4]).half()}, "scale.pt")
+    torch.save({"scale": torch.ones(2)}, "other.pt")
+    assert call("fid.py", "stats", "folder", "--features=means:scale.pt", "--out=stats.npz").stdout == "stats.npz\n"
     with np.load("stats.npz") as file:
-        np.testing.assert_allclose(file["mu"], [PIXELS.mean()] * 3, rtol=1e-6)  # grey became RGB
-        np.testing.assert_allclose(file["sigma"], np.full((3, 3), PIXELS.mean((1, 2)).var(ddof=1)), rtol=1e-5)
+        np.testing.assert_allclose(file["mu"], PIXELS.mean() * np.array([1, 2, 4]), rtol=1e-6)  # grey became RGB
+        variance = PIXELS.mean((1, 2)).var(ddof=1) * np.outer([1, 2, 4], [1, 2, 4])
+        np.testing.assert_allclose(file["sigma"], variance, rtol=1e-5)
+    for features, said in (("means", "MODULE:FILE"), ("nowhere:scale.pt", "MODULE:FILE"), ("math:scale.pt", "no class"),
+                           ("means:other.pt", "other.pt: .*scale"), ("means:means.py", "means.py: "),
+                           ("means:nowhere.pt", "nowhere.pt: there is no such file"), ("flat:scale.pt", "must map")):
+        result = call("fid.py", "stats", "folder", f"--features={features}", "--out=stats.npz")
+        assert result.returncode == 2 and re.search(said, result.stderr.splitlines()[-1]), result.stderr
 
 
 def test_bad_input_is_one_line_that_names_it(folder):
-    for name, function in (("flat", lambda x: x.float().mean()), ("infinite", lambda x: x.float().flatten(1) / 0)):
-        torch.jit.trace(function, torch.zeros(2, 3, 4, 4)).save(f"{name}.pt")
     for name, mu in (("code", [{}] * 3), ("small", np.zeros(3)), ("odd", np.zeros(4)), ("nan", [np.nan] * 3)):
         np.savez(f"{name}.npz", mu=mu, sigma=np.eye(3))
     np.savez("large.npz", arr_0=np.zeros((2, 129, 129, 1), np.uint8))
     (folder / "text.npz").write_text("hello")
     (folder / "ready").mkdir()  # a set is called so too
     for words in [f"--features=pixels {name}.npz" for name in ("text", "code", "small", "odd", "nan", "nowhere")] + [
-            f"folder --features={name}" for name in ("text.npz", "flat.pt", "infinite.pt")] + [
+            "folder --features=text.npz"] + [
             "--features=pixels ready", "large.npz --features=pixels large.npz"]:
         result = call("fid.py", "compare", "folder", *words.split())
         line, name = result.stderr.splitlines()[-1], words.replace("=", " ").split()[-1]

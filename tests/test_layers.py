@@ -13,15 +13,14 @@ import torch.nn.functional as F
 import layers
 from helpers import close, rms, turned
 from layers import (MPMLP, MPAttention, MPEmbedding, MPFourier, MPLinear, Modulation, force_weight_normalization,
-                    modulate, mp_cat, mp_silu, mp_sum, normalize, rotate)
+                    mp_cat, mp_silu, mp_sum, normalize, rotate)
 
 
 def test_normalize_divides_by_the_rms_at_any_scale():
     x = torch.randn(50, 64) * torch.logspace(-6, 4, 50)[:, None]
-    close(normalize(x).double(), x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-8).sqrt())
-    ulp = 2**-7 if torch.__version__ < "2.7" else 2**-8  # torch 2.6 rounds once more
-    close(normalize(x.bfloat16()), normalize(x.bfloat16().float()).bfloat16(), rtol=ulp, atol=0)
-    assert not normalize(torch.zeros(3, 8)).any()
+    close(normalize(x).double(), x.double() / rms(x.double())[:, None].clamp(min=1e-4))
+    close(normalize(x.bfloat16()), normalize(x.bfloat16().float()).bfloat16(), rtol=2**-7, atol=0)
+    assert not normalize(torch.zeros(3, 8)).any() and not normalize(torch.zeros(3, 8).half()).any()
 
 
 def test_mp_silu_keeps_unit_magnitude():
@@ -50,11 +49,26 @@ def test_rotate_multiplies_by_unit_complex_numbers(shape):
     assert rotate(x.bfloat16(), theta).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("rotates, scales, shifts", list(itertools.product((False, True), repeat=3)))
-def test_modulate_scales_then_shifts_then_rotates(rotates, scales, shifts):
-    x, theta, scale, shift = torch.randn(2, 3, 8), torch.randn(2, 1, 4), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
-    expected = turned(x * (1 + scale * scales) + shift * shifts, theta * rotates)
-    close(modulate(x, theta if rotates else None, scale if scales else None, shift if shifts else None), expected)
+def test_what_does_not_fit_is_a_value_error():
+    for function, said in ((lambda: rotate(torch.ones(3, 7), torch.ones(3)), "7 channels need 3.5 angles, not 3"),
+                           (lambda: rotate(torch.ones(3, 8), torch.ones(8)), "8 channels need 4 angles, not 8"),
+                           (lambda: MPAttention(10, 3), "heads: 3 do not divide a width of 10"),
+                           (lambda: Modulation(8, ("scale", "turn")), "kinds: must be some of scale, shift, rotate"),
+                           (lambda: Modulation(8, "scale"), "kinds: ")):
+        with pytest.raises(ValueError, match=said):
+            function()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_act_with_length_1_in_half_precision_and_zeros_as_zeros(dtype):
+    wide, x = MPLinear(65536, 2).to(dtype), torch.eye(4, 65536)[:, :65536].to(dtype)
+    close(wide.unit_rows().float().norm(dim=1), torch.ones(2), rtol=0.01, atol=0)
+    assert wide(x).isfinite().all()
+    small = MPLinear(8, 3)
+    small.weight.data[0] = 0
+    small.weight.data[1] *= 1e-4
+    for layer in (small, small.to(dtype)):
+        close(layer.unit_rows().float().norm(dim=1), torch.tensor([0.0, 1, 1]), rtol=0.01, atol=0)
 
 
 def test_fourier_features_follow_their_formula_at_rms_1():
@@ -116,18 +130,21 @@ def test_mlp_is_two_linears_around_mp_silu_at_rms_1():
     close(rms(mlp(x).flatten()), torch.tensor(1.0), rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("kinds", [c for n in range(5) for c in itertools.combinations(Modulation.KINDS, n)])
-def test_every_subset_of_modulations_starts_at_zero(kinds):
-    modulation, cond, gains, rows = Modulation(8, kinds[::-1]), torch.randn(2, 8), (0.5, -0.7, 0.3, 0.9), []
+@pytest.mark.parametrize("kinds", [c for n in range(4) for c in itertools.combinations(Modulation.KINDS, n)])
+def test_every_subset_of_modulations_scales_shifts_then_rotates(kinds):
+    modulation, x, cond = Modulation(8, kinds[::-1]), torch.randn(2, 3, 8), torch.randn(2, 8)
+    assert torch.equal(modulation(x, cond), x)  # whatever the conditioning, at first
+    expected = x
     if kinds:
         rows = F.normalize(modulation.linear.weight, dim=1).split([4 if kind == "rotate" else 8 for kind in kinds])
-        assert not any(value.any() for value in modulation(cond) if torch.is_tensor(value))
-        modulation.gain.data = torch.tensor(gains[:len(kinds)])
-    expected = {"rotate": None, "scale": None, "shift": None, "gate": 0.0}
-    expected |= {kind: gain * (cond @ row.T)[:, None] for kind, gain, row in zip(kinds, gains, rows)}
-    close(modulation(cond), tuple(expected.values()))
+        gains = (0.5, -0.7, 0.3)[:len(kinds)]
+        modulation.gain.data = torch.tensor(gains)
+        values = {kind: gain * (cond @ row.T)[:, None] for kind, gain, row in zip(kinds, gains, rows)}
+        expected = x * (1 + values.get("scale", 0)) + values.get("shift", 0)
+        expected = turned(expected, values.get("rotate", torch.zeros(4)))
+    close(modulation(x, cond), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(value.dtype == torch.float32 for value in modulation(cond) if torch.is_tensor(value))
+        assert modulation(x, cond).dtype == torch.float32
 
 
 def test_every_definition_works_pasted_with_two_others_at_most():

@@ -13,7 +13,7 @@ def test_the_step_on_one_screen_is_the_step_of_train():
     digits = load_dataset("digits")
     model = DiTConfig(depth=2, width=32, heads=2).for_data(8, 1, 10)
     config = TrainConfig(model=model, batch=16)
-    images, labels = torch.from_numpy(digits.images[:16]), torch.from_numpy(digits.labels[:16])
+    images, labels = (torch.tensor(array[:16]) for array in (digits.images, digits.labels))
 
     ours, ema, optimizer = build(config, CPU)
     for step in range(3):

@@ -10,8 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from helpers import FAMILIES, awake, close, count_parameters, initial_rms, rms, turned
-from layers import MPMLP, modulate, mp_sum, normalize
-from model import SIZES, Denoiser, DiT, DiTConfig, edm2_loss, position_embedding
+from layers import MPMLP, mp_sum, normalize, rotate
+from model import (SIZES, Denoiser, DiT, DiTConfig, PlainBlock, PlainInput, PlainOutput, edm2_loss,
+                   position_embedding)
 from train import magnitudes
 
 SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=3, num_classes=5)
@@ -78,14 +79,16 @@ def test_mp_block_is_the_papers_equations():
     block = awake(DiT(DiTConfig(**SMALL, residual_t=0.3))).blocks[0]
     x, cond = torch.randn(2, 16, 32), torch.randn(2, 32)
 
-    def branch(modulation, layer, x):
+    def values(modulation, *sizes):
         values = cond @ F.normalize(modulation.linear.weight, dim=1).T
-        values = values[:, None].split([16, 32, 32], dim=-1)
-        theta, scale, gate = (gain * value for gain, value in zip(modulation.gain, values))
-        return (1 + gate) * layer(turned(x * (1 + scale), theta))
+        return [gain * value for gain, value in zip(modulation.gain, values[:, None].split(sizes, dim=-1))]
 
-    h = (0.7 * x + 0.3 * branch(block.modulation1, block.attention, x)) / 0.58**0.5
-    h = (0.7 * h + 0.3 * branch(block.modulation2, block.mlp, h)) / 0.58**0.5
+    def branch(modulation, layer, gate, x):
+        scale, theta = values(modulation, 32, 16)
+        return (1 + values(gate, 32)[0]) * layer(turned(x * (1 + scale), theta))
+
+    h = (0.7 * x + 0.3 * branch(block.modulation1, block.attention, block.gate1, x)) / 0.58**0.5
+    h = (0.7 * h + 0.3 * branch(block.modulation2, block.mlp, block.gate2, h)) / 0.58**0.5
     close(block(x, cond), h, rtol=1e-4, atol=1e-4)
 
 
@@ -142,7 +145,7 @@ def test_loss_is_the_weighted_error_over_exp_u_plus_u():
         u = (features @ F.normalize(denoiser.u_linear.weight[0], dim=0)).item()
         error = denoiser(y[i:i + 1] + s * noise[i], s, labels[i:i + 1]) - y[i]
         expected += ((s**2 + 0.25) / (s * 0.5) ** 2 / math.exp(u) * error.square().mean().item() + u) / 4
-    loss = edm2_loss(denoiser, denoiser.uncertainty, y, labels, sigma, noise)
+    loss = edm2_loss(denoiser, denoiser.uncertainty(sigma), y, labels, sigma, noise)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -155,7 +158,7 @@ class Loss(nn.Module):
         self.batch = torch.randn(3, 3, 8, 8), torch.tensor([0, 3, 5]), torch.tensor([.1, 1, 9]), torch.randn(3, 3, 8, 8)
 
     def forward(self, *batch):
-        return edm2_loss(self.denoiser, self.denoiser.uncertainty, *batch)
+        return edm2_loss(self.denoiser, self.denoiser.uncertainty(batch[2]), *batch)
 
     def gradients(self, *batch, **options):
         gradients = torch.autograd.grad(self(*batch), list(self.parameters()), **options)
@@ -201,7 +204,7 @@ def test_inductors_code_for_a_branch_gives_eagers_results():
     values, parameters = [], [*mlp.parameters(), *(part.requires_grad_() for part in inputs)]
 
     def branch(x, theta, scale):
-        return mp_sum(x, mlp(modulate(normalize(x), theta, scale, None)), 0.3).pow(3).sum()
+        return mp_sum(x, mlp(rotate(normalize(x) * (1 + scale), theta)), 0.3).pow(3).sum()
 
     for function in (branch, torch.compile(branch, fullgraph=True)):
         values.append((function(*inputs), *torch.autograd.grad(function(*inputs), parameters)))
@@ -216,3 +219,36 @@ def test_in_bfloat16_the_network_stays_close_to_float32(block):
     with torch.autocast("cpu", torch.bfloat16):
         out = net(*inputs)
     assert 0 < (out.float() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_parts_given_by_hand_are_the_family_they_are_of():
+    config = DiTConfig(**SMALL, block="plain")
+    torch.manual_seed(3)
+    family = DiT(config)
+    torch.manual_seed(3)
+    by_hand = DiT(config, (PlainInput, PlainBlock, PlainOutput))
+    close(by_hand.state_dict(), family.state_dict(), rtol=0, atol=0)
+    assert not by_hand(torch.randn(2, 3, 8, 8), torch.randn(2), torch.arange(2)).any()
+    assert by_hand.input.label.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("block", FAMILIES)
+def test_a_denoiser_is_whole_after_load_state_dict(block):
+    config = DiTConfig(**SMALL, block=block)
+    good = awake(Denoiser(config))
+    x, labels = torch.randn(2, 3, 8, 8), torch.arange(2)
+    for assign in (False, True):
+        with torch.device("meta"):
+            empty = Denoiser(config)
+        if not assign:
+            empty.to_empty(device="cpu")
+        empty.load_state_dict(good.state_dict(), assign=assign)
+        assert torch.equal(empty(x, 1.0, labels), good(x, 1.0, labels))
+
+
+def test_a_denoiser_takes_float64_and_edms_sigmas_but_no_half_weights():
+    denoiser, x = awake(Denoiser(DiTConfig(**SMALL))), torch.randn(2, 3, 8, 8)
+    for other in (denoiser(x.double(), 1.0), denoiser(x, torch.ones(2, 1, 1, 1))):
+        assert torch.equal(other, denoiser(x, 1.0)) and other.dtype == torch.float32
+    with pytest.raises(ValueError, match="weights must stay in float32"):
+        denoiser.half()(x, 1.0)

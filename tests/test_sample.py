@@ -183,14 +183,25 @@ def test_grid_animation_and_pictures_are_of_the_same_images(tmp_path):
     images, movie = torch.tensor(np.stack(pictures))[:, None], Image.open(grid.with_suffix(".gif"))
     assert len(images.unique(dim=0)) == 6  # each of a seed of its own
     expected, plain = (np.asarray(make_grid(images, 2, names)) for names in (FACTS["classes"], ()))
-    assert np.array_equal(Image.open(grid), expected) and movie.n_frames == 4 and movie.info["loop"] == 0
+    assert np.array_equal(Image.open(grid), expected) and 3 <= movie.n_frames <= 4 and movie.info["loop"] == 0
     assert np.array_equal(plain[2 + 66:, 2 + 66:][:64:16, :64:16], pictures[3])  # row 1, column 1
     margin = expected.shape[1] - plain.shape[1]  # names stand at the left of their rows
     assert np.array_equal(expected[:, margin:], plain)
     assert all((expected[top:top + 66, :margin] > 200).any() for top in (0, 66, 132))
-    movie.seek(3)
+    movie.seek(movie.n_frames - 1)  # two that are equal are one of twice the time
     np.testing.assert_allclose(np.asarray(movie.convert("L")), expected, atol=2)
     for words in (f"--out={numbered}", "--columns=10000", "--out=a.jpg", "--labels ant 3", "--labels 1",
                   "--gif --out=a.npz"):
         result = call("sample.py", run, *words.split())
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and words[:5] in result.stderr, words
+
+
+def test_levels_outside_the_formulas_domain_are_refused():
+    noise = torch.randn(2, 1, 4, 4)
+    for levels, said in ((dict(steps=1), "^steps: "), (dict(steps=0), "^steps: "), (dict(sigma_min=0.0), "^sigma_min"),
+                         (dict(sigma_min=80.0, sigma_max=0.002), "^sigma_min"), (dict(rho=0), "^rho: ")):
+        with pytest.raises(ValueError, match=said):
+            heun_sampler(MAIN, noise, **levels)
+    exact = heun_sampler(MAIN, noise, steps=4)
+    torch.testing.assert_close(heun_sampler(MAIN, noise.double(), steps=4), exact.double(), rtol=1e-3, atol=1e-3)
+    assert heun_sampler(MAIN, noise.half(), steps=4).dtype == torch.float32

@@ -42,8 +42,13 @@ def as_rung_a(state):
     for name, weight in state.items():
         for theirs, ours in (("mlp.0", "mlp.up"), ("mlp.2", "mlp.down"), ("noise.2", "noise.1")):
             name = name.replace(theirs, ours)
-        parts = zip("12", weight.chunk(2)) if "blocks" in name and "modulation" in name else [("", weight)]
-        weights |= {name.replace("modulation", f"modulation{part}.linear"): rows for part, rows in parts}
+        if "blocks" in name and "modulation" in name:
+            scale1, shift1, gate1, scale2, shift2, gate2 = weight.chunk(6)
+            for part, rows in (("modulation1", [scale1, shift1]), ("gate1", [gate1]),
+                               ("modulation2", [scale2, shift2]), ("gate2", [gate2])):
+                weights[name.replace("modulation", f"{part}.linear")] = torch.cat(rows)
+        else:
+            weights[name.replace("output.modulation", "output.modulation.linear")] = weight
     return weights
 
 
@@ -75,7 +80,7 @@ def test_every_rung_starts_at_zero_learns_and_has_its_parts(rung):
     parts = {"PlainAttention": rung < "B", "Linear": rung < "C", "ZeroModulation": rung < "E", "GELUMLP": rung < "F",
              "LayerNorm": rung < "G", "MPEmbedding": rung >= "I"}
     assert {name: name in names for name in parts} == parts
-    close(net.blocks[0].join(x, 0.0, h), (0.7 * x + 0.3 * h) / 0.58**0.5 if rung >= "E" else x)
+    close(net.blocks[0].join(x, h), (0.7 * x + 0.3 * h) / 0.58**0.5 if rung >= "E" else x + h)
     close(rms(net.input.position), torch.full((16,), 1.0 if rung >= "H" else 0.5**0.5))
 
 
@@ -252,8 +257,8 @@ def test_uvit_has_noise_level_label_and_patches_as_tokens(block):
     noise, label = net.input.fourier(c_noise), net.input.label.weight[labels]
     expected = torch.cat([noise[:, None], label[:, None], net.input.patch(patches)], dim=1) + net.input.position.weight
     close(tokens[0], expected / 2**0.5 if block == "mp" else expected)
-    out = tokens[0][:, 2:] if block == "mp" else net.output[0](tokens[0][:, 2:])
-    out = F.fold(net.output[-1](out).transpose(1, 2), 8, 2, stride=2)  # the patches side by side
+    out = tokens[0][:, 2:] if block == "mp" else net.output.norm(tokens[0][:, 2:])
+    out = F.fold(net.output.linear(out).transpose(1, 2), 8, 2, stride=2)  # the patches side by side
     close(image, net.gain * convolved(net.conv, out) if block == "mp" else net.conv(out), rtol=1e-4, atol=1e-5)
 
 
@@ -287,7 +292,7 @@ def test_networks_start_at_zero_and_steps_lower_the_loss(config):
     awake(denoiser)
     for step in range(6):
         optimizer.zero_grad()
-        loss = edm2_loss(denoiser, denoiser.uncertainty, images, labels, torch.ones(16), noise)
+        loss = edm2_loss(denoiser, denoiser.uncertainty(torch.ones(16)), images, labels, torch.ones(16), noise)
         generator = torch.Generator().manual_seed(step)
         (loss + denoiser.net.extra_loss(ema.averages[0.05], images, generator)).backward()
         assert not [name for name, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()]
@@ -329,7 +334,7 @@ def test_a_variant_trains_resumes_and_samples_by_its_recipe(tmp_path, variant, k
     whole, run = (load_file(tmp_path / name / "state.pt") for name in ("whole", "run"))
     assert all(digest(run[part]) == digest(whole[part]) for part in ("weights", "ema", "optimizer"))
     done("sample.py", tmp_path / "whole", "--ema=0.07", "--steps=2", "--columns=1", f"--out={tmp_path / 'a.png'}")
-    assert type(load_denoiser(tmp_path / "whole", CPU)[0].net.config) is config_class(variant, DiTConfig)
+    assert type(load_denoiser(tmp_path / "whole", CPU)[0].net.config) is config_class(variant, DiTConfig, "")
 
 
 def test_the_variant_in_the_readme_works(tmp_path, monkeypatch):
@@ -418,7 +423,7 @@ def test_classifier_features_tell_digits_from_noise(tmp_path):
     said = done("tools.classifier", "digits", "--epochs=8", f"--out={features}").stdout
     assert float(re.match(r"accuracy on 100 held-out images: ([0-9.]+)%", said)[1]) > 90
     np.savez(noise, arr_0=np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8))
-    near, far = (float(done("fid.py", "compare", "digits", other, f"--features={features}").stdout)
+    near, far = (float(done("fid.py", "compare", "digits", other, f"--features=tools.classifier:{features}").stdout)
                  for other in (ROOT / "datasets/digits/holdout-images.npy", noise))
     assert 0 < near < far / 10
 
@@ -433,3 +438,37 @@ def test_mistakes_are_one_line_that_names_the_key():
                           ("variants.mup", "--out=a.png"), ("tools.classifier", "nowhere")):
         result = call(command, word)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and word[:5] in result.stderr
+
+
+def test_a_variant_may_postpone_annotations_and_shows_its_bugs(tmp_path, monkeypatch):
+    (tmp_path / "variants").mkdir()
+    source = (tmp_path / "variants" / "later.py")
+    source.write_text("""
+from __future__ import annotations
+from dataclasses import dataclass
+from model import DiT, DiTConfig
+from plumbing.keys import key
+
+@dataclass
+class Config(DiTConfig):
+    times: int = key(2, "how often", 1, 100)
+    names: tuple[str, ...] = key(("a",), "some names", choices=("a", "b"))
+
+    def network(self):
+        return Later(self)
+
+class Later(DiT):
+    def load_state_dict(self, *args, **options):
+        raise AttributeError("a bug")
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = *TINY, "--variant=later", "--model.times=3", "--model.names=a,b", f"--out={tmp_path / 'run'}"
+    assert call("train.py", *words, "--model.times=x").returncode == 2
+    done("train.py", *words, "--steps=1")
+    net = load_denoiser(tmp_path / "run", CPU)[0].net
+    assert net.config.times == 3 and net.config.names == ("a", "b")
+    monkeypatch.setattr(Denoiser, "load_state_dict", lambda self, state: self.net.load_state_dict(state))
+    with pytest.raises(AttributeError, match="a bug"):
+        load_denoiser(tmp_path / "run", CPU)
+    with pytest.raises(AttributeError, match="a bug"):
+        call("train.py", *words, "--steps=2")

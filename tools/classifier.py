@@ -1,15 +1,15 @@
 """A small classifier whose features judge samples where Inception's say little: `python -m tools.classifier digits`.
 
-It learns the classes of a set that data.py prepared, prints its accuracy on the held-out part, and writes its
-features as the TorchScript file that fid.py takes:
+It learns the classes of a set that data.py prepared, prints its accuracy on the held-out part, and writes the weights of
+its features, in float16, for fid.py:
 
     python -m tools.classifier fashion-mnist --out=out/features.pt
-    python fid.py compare out/fashion-mnist fashion-mnist --features=out/features.pt --count=10000
+    python fid.py compare out/fashion-mnist fashion-mnist --features=tools.classifier:out/features.pt --count=10000
 
 Why: Inception was trained on large colour photographs, and distances between raw pixels hardly see what a picture
-shows. Distances only compare with the same file: another training gives other features. It knows the images that it was
-trained on, so compare with the held-out part (datasets/fashion-mnist/holdout-images.npy) where little differences
-matter.
+shows. Only compare distances computed with the same file: another training gives other features. It knows the images
+that it was trained on, so compare with the held-out part (datasets/fashion-mnist/holdout-images.npy) where small
+differences matter.
 """
 
 from pathlib import Path
@@ -25,8 +25,8 @@ from plumbing.processes import choose_device
 
 
 class Features(nn.Sequential):
-    """Images uint8 (N, 3, S, S) -> (N, 128): three convolutions, each followed by a pooling, and the mean over pixels.
-    """
+    """Images uint8 (N, 3, S, S), S >= 8 -> (N, 128): three convolutions, each followed by a pooling, and the mean over
+    pixels. What --features=tools.classifier:FILE of fid.py makes, and loads FILE into."""
 
     def __init__(self):
         super().__init__(*(layer for fan_in, fan_out in ((3, 32), (32, 64), (64, 128)) for layer in (
@@ -71,8 +71,9 @@ def main():
         right = [(head(features(images)).argmax(1) == labels).float()
                  for images, labels in in_batches(dataset.holdout, [part.numpy() for part in parts], device)]
         print(f"accuracy on {len(dataset.holdout):,} held-out images: {torch.cat(right).mean():.1%}")
-        with atomic_file(args.out) as file:
-            torch.jit.save(torch.jit.trace(features.cpu(), torch.zeros(2, 3, side, side, dtype=torch.uint8)), file)
+    with atomic_file(args.out) as file:
+        torch.save({name: value.cpu().half() if value.is_floating_point() else value.cpu()
+                    for name, value in features.state_dict().items()}, file)
     print(args.out)
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from data import epoch_order, load_dataset, to_network
-from fid import dataset_of
 from plumbing.command import Parser, UserError, between, run_main
+from plumbing.config import dataset_of
 from plumbing.processes import choose_device
 from sample import load_denoiser, newest_run
 

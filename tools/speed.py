@@ -44,7 +44,7 @@ def make_step(block, batch, options, compiled=False, dtype=torch.float32):
 
     def step():
         optimizer.zero_grad()
-        edm2_loss(denoiser, denoiser.uncertainty, images, sigma.long(), sigma, images).backward()
+        edm2_loss(denoiser, denoiser.uncertainty(sigma), images, sigma.long(), sigma, images).backward()
         optimizer_step(denoiser, optimizer, 1e-3)
         ema.update(denoiser, ema.step + 1)
 

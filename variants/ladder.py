@@ -29,10 +29,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention, modulate, mp_silu,
-                    mp_sum, normalize)
-from model import DiT, DiTConfig, PlainAttention, init_linears, position_embedding
+from layers import (MPMLP, Modulation, MPAttention, MPEmbedding, MPFourier, MPLinear, attention, mp_silu, mp_sum,
+                    normalize)
+from model import DiT, DiTConfig, PlainAttention, init_linears, position_embedding, scale_and_shift
 from plumbing.keys import key
+
+STEPS = {"cosine attention": "B", "weight normalization": "C", "forced weight normalization": "D", "mp residual": "E",
+         "mp SiLU": "F", "no LayerNorm": "G", "mp position": "H", "mp embedding": "I"}
 
 
 @dataclass
@@ -48,13 +51,12 @@ class Config(DiTConfig):
         if self.modulation != ("scale", "shift", "gate"):
             raise ValueError("modulation: must be scale, shift and gate, which is what adaLN has")
 
+    def has(self, step):
+        """Whether the rung is at or above that of a step, by its name in STEPS."""
+        return self.rung >= STEPS[step]
+
     def network(self):
-        net = DiT(self, (Input, Block, Output))
-        if self.rung < "C":
-            init_plain(net)
-        if self.rung < "I":
-            nn.init.normal_(net.input.label.weight, std=0.02)
-        return net
+        return DiT(self, (Input, Block, Output))
 
 
 # ---- layers that neither end of the ladder has ----
@@ -70,26 +72,47 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, F.normalize(self.weight, dim=1))
 
 
-def linear(rung):
-    """The class of the linear layers on a rung."""
-    return nn.Linear if rung < "C" else WeightNormLinear if rung < "D" else MPLinear
+def make_linear(config, fan_in, fan_out):
+    """The linear layer of a rung, at its initial values."""
+    if config.has("forced weight normalization"):
+        return MPLinear(fan_in, fan_out)
+    if config.has("weight normalization"):
+        return WeightNormLinear(fan_in, fan_out)
+    linear = nn.Linear(fan_in, fan_out)
+    init_linears(linear)
+    return linear
 
 
 class ZeroModulation(nn.Module):
-    """adaLN-Zero as a module: it returns theta, scale, shift and gate as layers.Modulation does, theta always None.
+    """adaLN-Zero's scale and shift, x·(1 + s) + b, or its gate, x·g: (B, T, D), cond (B, D) -> (B, T, D).
+    Rungs A to D. What starts at zero is a weight, or from weight normalization on a gain for each of s, b and g."""
 
-    count: 3 with a gate, 2 without. Rungs A to D.
-    """
-
-    def __init__(self, config, count):
+    def __init__(self, config, kinds):
         super().__init__()
-        self.linear = linear(config.rung)(config.width, count * config.width)
-        self.gain = nn.Parameter(torch.zeros(count)) if config.rung >= "C" else None
+        self.kinds = kinds
+        self.linear = make_linear(config, config.width, len(kinds) * config.width)
+        self.gain = None
+        if config.has("weight normalization"):
+            self.gain = nn.Parameter(torch.zeros(len(kinds)))
+        else:
+            nn.init.zeros_(self.linear.weight)
 
-    def forward(self, cond):
-        values = self.linear(cond).unflatten(-1, (-1, 1, cond.shape[-1]))  # (B, count, 1, D)
-        scale, shift, *gate = (values if self.gain is None else values * self.gain[:, None, None]).unbind(1)
-        return None, scale, shift, gate[0] if gate else 0.0
+    def forward(self, x, cond):
+        values = self.linear(cond).float()[:, None].chunk(len(self.kinds), dim=-1)
+        if self.gain is not None:
+            values = [gain * value for gain, value in zip(self.gain, values)]
+        return x * values[0] if self.kinds == ("gate",) else scale_and_shift(x, *values)
+
+
+def make_modulation(config):
+    """Scale and shift of a rung."""
+    kinds = ("scale", "shift")
+    return Modulation(config.width, kinds) if config.has("mp residual") else ZeroModulation(config, kinds)
+
+
+def make_gate(config):
+    """The gate of a rung: with mp residuals 1 + g, before that g."""
+    return Modulation(config.width, ("scale",)) if config.has("mp residual") else ZeroModulation(config, ("gate",))
 
 
 class CosineAttention(PlainAttention):
@@ -97,12 +120,12 @@ class CosineAttention(PlainAttention):
 
     def __init__(self, config):
         super().__init__(config.width, config.heads)
-        self.qkv = linear(config.rung)(config.width, 3 * config.width)
-        self.out = linear(config.rung)(config.width, config.width)
+        self.qkv = make_linear(config, config.width, 3 * config.width)
+        self.out = make_linear(config, config.width, config.width)
 
     def forward(self, x):
-        qkv = normalize(self.qkv(x).unflatten(-1, (3, self.heads, -1)))
-        x = attention(*qkv.permute(2, 0, 3, 1, 4))
+        q, k, v = normalize(self.qkv(x).unflatten(-1, (3, self.heads, -1))).permute(2, 0, 3, 1, 4)
+        x = attention(q, k, v)
         return self.out(x.transpose(1, 2).flatten(2))
 
 
@@ -111,11 +134,26 @@ class GELUMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up = linear(config.rung)(config.width, 4 * config.width)
-        self.down = linear(config.rung)(4 * config.width, config.width)
+        self.up = make_linear(config, config.width, 4 * config.width)
+        self.down = make_linear(config, 4 * config.width, config.width)
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def make_attention(config):
+    if config.has("forced weight normalization"):
+        return MPAttention(config.width, config.heads)
+    if config.has("cosine attention"):
+        return CosineAttention(config)
+    plain = PlainAttention(config.width, config.heads)
+    init_linears(plain)
+    return plain
+
+
+def make_norm(config):
+    """LayerNorm, or nothing: then tokens are near RMS 1 by construction."""
+    return nn.Identity() if config.has("no LayerNorm") else nn.LayerNorm(config.width, 1e-6, elementwise_affine=False)
 
 
 # ---- the parts of the network ----
@@ -125,29 +163,35 @@ class Input(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, self.rung, Linear = config.width, config.rung, linear(config.rung)
-        self.patch = Linear(config.channels * config.patch**2 + (self.rung >= "C"), D)
+        D, self.config = config.width, config
+        self.silu = mp_silu if config.has("mp SiLU") else F.silu
+        constant = config.has("weight normalization")  # one more input, instead of a bias
+        self.patch = make_linear(config, config.channels * config.patch**2 + constant, D)
         self.fourier = MPFourier(D)
-        self.silu = mp_silu if self.rung >= "F" else F.silu
-        if self.rung >= "I":
+        if config.has("mp embedding"):
             self.noise, self.label = MPLinear(D, D), MPEmbedding(config.num_classes + 1, D)
         else:
-            self.noise = nn.ModuleList([Linear(D, D), Linear(D, D)])
+            self.noise = nn.ModuleList([make_linear(config, D, D), make_linear(config, D, D)])
             self.label = nn.Embedding(config.num_classes + 1, D)
+            nn.init.normal_(self.label.weight, std=0.02)
+        if not config.has("weight normalization"):
+            for layer in self.noise:
+                nn.init.normal_(layer.weight, std=0.02)
         position = position_embedding(D, config.image_size // config.patch)
-        if self.rung >= "H":
+        if config.has("mp position"):
             position = normalize(position - position.mean(dim=0))
-        self.register_buffer("position", position, persistent=False)
+        self.register_buffer("position", position)
 
     def forward(self, patches, c_noise, labels):
-        if self.rung >= "C":  # a constant instead of a bias
+        if self.config.has("weight normalization"):
             patches = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1)
         x = self.patch(patches)
-        x = mp_sum(x, self.position, t=0.5) if self.rung >= "H" else x + self.position
+        x = mp_sum(x, self.position, t=0.5) if self.config.has("mp position") else x + self.position
         noise, label = self.fourier(c_noise), self.label(labels)
-        if self.rung >= "I":
+        if self.config.has("mp embedding"):
             return x, self.silu(mp_sum(self.noise(noise), label, t=0.5))
-        return x, self.silu(self.noise[1](self.silu(self.noise[0](noise))) + label)
+        first, second = self.noise
+        return x, self.silu(second(self.silu(first(noise))) + label)
 
 
 class Block(nn.Module):
@@ -155,26 +199,20 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, heads, self.rung = config.width, config.heads, config.rung
-        self.t = config.residual_t
-        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if self.rung < "G" else nn.Identity()
-        if self.rung < "D":
-            self.attention = PlainAttention(D, heads) if self.rung < "B" else CosineAttention(config)
-        else:
-            self.attention = MPAttention(D, heads)
-        self.mlp = GELUMLP(config) if self.rung < "F" else MPMLP(D, 4 * D)
-        self.modulation1 = ZeroModulation(config, 3) if self.rung < "E" else Modulation(D, config.modulation)
-        self.modulation2 = ZeroModulation(config, 3) if self.rung < "E" else Modulation(D, config.modulation)
+        self.config = config
+        self.norm = make_norm(config)
+        self.modulation1, self.gate1 = make_modulation(config), make_gate(config)
+        self.attention = make_attention(config)
+        self.modulation2, self.gate2 = make_modulation(config), make_gate(config)
+        self.mlp = MPMLP(config.width, 4 * config.width) if config.has("mp SiLU") else GELUMLP(config)
 
     def forward(self, x, cond):
-        theta1, scale1, shift1, gate1 = self.modulation1(cond)
-        theta2, scale2, shift2, gate2 = self.modulation2(cond)
-        x = self.join(x, gate1, self.attention(modulate(self.norm(x), theta1, scale1, shift1)))
-        x = self.join(x, gate2, self.mlp(modulate(self.norm(x), theta2, scale2, shift2)))
+        x = self.join(x, self.gate1(self.attention(self.modulation1(self.norm(x), cond)), cond))
+        x = self.join(x, self.gate2(self.mlp(self.modulation2(self.norm(x), cond)), cond))
         return x
 
-    def join(self, x, gate, branch):
-        return mp_sum(x, (1 + gate) * branch, t=self.t) if self.rung >= "E" else x + gate * branch
+    def join(self, x, branch):
+        return mp_sum(x, branch, t=self.config.residual_t) if self.config.has("mp residual") else x + branch
 
 
 class Output(nn.Module):
@@ -182,23 +220,15 @@ class Output(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, rung = config.width, config.rung
-        self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) if rung < "G" else normalize
-        self.modulation = ZeroModulation(config, 2) if rung < "E" else Modulation(D, ("scale", "shift"))
-        self.linear = linear(rung)(D, config.channels * config.patch**2)
-        self.gain = nn.Parameter(torch.zeros(())) if rung >= "C" else None
+        self.norm = normalize if config.has("no LayerNorm") else make_norm(config)
+        self.modulation = make_modulation(config)
+        self.linear = make_linear(config, config.width, config.channels * config.patch**2)
+        self.gain = None
+        if config.has("weight normalization"):
+            self.gain = nn.Parameter(torch.zeros(()))
+        else:
+            nn.init.zeros_(self.linear.weight)
 
     def forward(self, x, cond):
-        theta, scale, shift, _ = self.modulation(cond)
-        x = self.linear(modulate(self.norm(x), theta, scale, shift))
+        x = self.linear(self.modulation(self.norm(x), cond))
         return x if self.gain is None else self.gain * x
-
-
-def init_plain(net):
-    """DiT's initialisation, as in model.py, for rungs A and B."""
-    init_linears(net)
-    for layer in net.input.noise:
-        nn.init.normal_(layer.weight, std=0.02)
-    for layer in (net.output.linear,
-                  *(module.linear for module in net.modules() if isinstance(module, ZeroModulation))):
-        nn.init.zeros_(layer.weight)

@@ -105,7 +105,9 @@ def block_changes(config, dataset, steps):
     before = look()
     for step in range(steps):
         optimizer.zero_grad()
-        (edm2_loss(denoiser, denoiser.uncertainty, *draw(step)) * images[0].numel()).backward()
+        batch = draw(step)
+        loss = edm2_loss(denoiser, denoiser.uncertainty(batch[2]), *batch)
+        (loss * images[0].numel()).backward()
         optimizer_step(denoiser, optimizer, config.learning_rate)
     return [(a - b).square().mean().sqrt().item() for a, b in zip(look(), before)]
 

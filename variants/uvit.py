@@ -39,6 +39,7 @@ class Input(nn.Module):
         self.label = Embedding(config.num_classes + 1, D)
         self.patch = Linear(config.channels * config.patch**2, D)
         self.position = Embedding(2 + config.tokens, D)  # in the mp family it is also the bias
+        init_linears(self)
 
     def forward(self, patches, c_noise, labels):
         x = torch.cat([self.fourier(c_noise)[:, None], self.label(labels)[:, None], self.patch(patches)], dim=1)
@@ -52,9 +53,12 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, H, self.mp, self.t = config.width, config.heads, config.block == "mp", config.residual_t
-        self.attention = MPAttention(D, H) if self.mp else nn.Sequential(nn.LayerNorm(D), PlainAttention(D, H))
-        self.mlp = MPMLP(D, 4 * D) if self.mp else nn.Sequential(
-            nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        if self.mp:
+            self.attention, self.mlp = MPAttention(D, H), MPMLP(D, 4 * D)
+        else:
+            self.attention = nn.Sequential(nn.LayerNorm(D), PlainAttention(D, H))
+            self.mlp = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        init_linears(self)
 
     def forward(self, x, cond):
         for branch in (self.attention, self.mlp):
@@ -62,28 +66,34 @@ class Block(nn.Module):
         return x
 
 
-class Output(nn.Sequential):
+class Output(nn.Module):
     """Tokens (B, 2 + T, D) -> patches (B, T, C·P²). cond: None."""
 
+    def __init__(self, config):
+        super().__init__()
+        D, values = config.width, config.channels * config.patch**2
+        self.norm = nn.Identity() if config.block == "mp" else nn.LayerNorm(D)
+        self.linear = MPLinear(D, values) if config.block == "mp" else nn.Linear(D, values)
+        if config.block == "plain":
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
     def forward(self, x, cond):
-        return super().forward(x[:, 2:])
+        return self.linear(self.norm(x[:, 2:]))
 
 
 class UViT(scalelong.LongSkipDiT):
     """The raw network F, inputs and output as in DiT. Why: it shows how far a network gets without modulation."""
 
     def __init__(self, config):
-        C, D, mp = config.channels, config.width, config.block == "mp"
-        last = [MPLinear(D, C * config.patch**2)] if mp else [nn.LayerNorm(D), nn.Linear(D, C * config.patch**2)]
-        super().__init__(config, (Input, Block, lambda config: Output(*last)), extra_tokens=2)
-        if mp:
+        super().__init__(config, (Input, Block, Output), extra_tokens=2)
+        C = config.channels
+        if config.block == "mp":
             self.conv, self.gain = unet.MPConv(C, C), nn.Parameter(torch.zeros(()))
             self.conv.weight.data = 3 * C**0.5 * nn.functional.pad(torch.eye(C), (4 * C, 4 * C))  # the identity
         else:
             self.conv = nn.Conv2d(C, C, 3, padding=1, bias=False)
             nn.init.dirac_(self.conv.weight)
-            init_linears(self)
-            nn.init.zeros_(self.output[-1].weight)
 
     def forward(self, x, c_noise, labels):
         x = super().forward(x, c_noise, labels)  # (B, C, S, S)
