@@ -112,7 +112,7 @@ class MPLinear(nn.Module):
         return (w / norm.clamp(min=1e-12)).to(w.dtype)
 
     def forward(self, x):
-        return F.linear(x, self.unit_rows())
+        return F.linear(x, self.unit_rows().to(x.dtype))
 
 
 class MPEmbedding(nn.Module):

@@ -49,7 +49,7 @@ class MPInput(nn.Module):
         self.label = MPEmbedding(config.num_classes + 1, D)
         position = position_embedding(D, config.image_size // config.patch)
         position = position - position.mean(dim=0)  # most of it is the same for all tokens
-        position = normalize(position)
+        position = normalize(position)  # a single token has none: 0
         self.register_buffer("position", position)
 
     def forward(self, patches, c_noise, labels):
@@ -391,6 +391,8 @@ class DiTConfig(NetworkConfig):
 # | MaP-DiT: q and k normalised                       | q, k and v, as in EDM2: no token's value   |
 # |                                                   | may dominate                               |
 # | MaP-DiT: t = 0.3 in residual sums, at any depth   | 0.6/sqrt(depth): the input keeps its share |
+# | MaP-DiT: positions as in DiT, at RMS 1            | centred over tokens first: 83 to 94% of    |
+# |                                                   | their power is common to all tokens        |
 # | MaP-DiT: tokens enter the output as they are      | scaled to RMS 1 first, for a lower loss    |
 # | MaP-DiT: noise level by 256 features, two linears | `width` features, one linear, as in EDM2   |
 # | MaP-DiT: neighbouring channels make a plane       | channels i and i + D/2                     |

@@ -139,7 +139,7 @@ def write_set(folder, source, made, changes):
     contact_sheet(load_dataset(folder)).save(folder / "contact-sheet.png")
 
 
-def main():
+def make_parser():
     parser = Parser(__doc__)
     parser.add_argument("source", help=f"{', '.join(DOWNLOADS)}, or the path of a folder or file")
     parser.add_argument("--name", help="the set goes to datasets/NAME (default: the source's name, and -SIZE)")
@@ -148,9 +148,12 @@ def main():
                         help="share of the images to hold out, if the source has no test part (default: 0.05)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no half-made set stays
-    path, named, changes = Path(args.source), args.source in DOWNLOADS, Counter()
+    return parser
+
+
+def choose_folder(args):
+    """The directory that the set goes to. Raises UserError where the source or the name is wrong."""
+    path, named = Path(args.source), args.source in DOWNLOADS
     if not named and not (args.source and path.exists()):
         hint = "a set of that name is ready" if find_set(args.source) else f"names to download: {', '.join(DOWNLOADS)}"
         raise UserError(f"{args.source}: there is no such file; {hint}")
@@ -161,10 +164,43 @@ def main():
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or name == "downloads":
         raise UserError(f"--name: {name[:60]!r} is not made of letters, digits and . + - _")
     folder = data.DATASETS / name
-    made = {"source": args.source if named else os.path.abspath(path), "size": args.size, "holdout": args.holdout,
-            "skip_broken": args.skip_broken}
     if folder.exists() and not (folder / "about.json").is_file():
         raise UserError(f"{folder} is there and is no set; choose another --name")
+    return folder
+
+
+def fetch(name):
+    """Download a public set, unless it is there. Returns the path of what was downloaded."""
+    base, files = DOWNLOADS[name]
+    path = data.DATASETS / "downloads" / name
+    for file, sha256 in files.items():
+        download(base + file, path / file, sha256)
+    return path / file if len(files) == 1 else path
+
+
+def prepare(folder, source, made):
+    """Write the Source in a file, a folder or a public set into `folder`, whole or not at all. Returns lines that its
+    user should know."""
+    changes = Counter()
+    found = open_source(fetch(source) if source in DOWNLOADS else source, changes)
+    if source == "fashion-mnist":
+        found = found._replace(classes=FASHION)
+    with tempfile.TemporaryDirectory(dir=data.DATASETS, prefix=".making-") as making:
+        making = Path(making) / folder.name
+        making.mkdir()
+        write_set(making, found, made, changes)
+        if folder.exists():
+            folder.rename(making.with_name("before"))  # which goes away with what is around it
+        making.rename(folder)
+    return found.lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
+
+
+def main():
+    args = make_parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no half-made set stays
+    folder = choose_folder(args)
+    source = args.source if args.source in DOWNLOADS else os.path.abspath(args.source)
+    made = {"source": source, "size": args.size, "holdout": args.holdout, "skip_broken": args.skip_broken}
     if folder.exists() and not args.overwrite:
         with reading(folder):
             about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
@@ -173,23 +209,7 @@ def main():
             raise UserError(f"{folder} was made with {other}; choose another --name, or --overwrite")
         lines = [f"{folder} is ready; if its source has changed since, use --overwrite"]
     else:
-        if named:
-            base, files = DOWNLOADS[args.source]
-            path = data.DATASETS / "downloads" / args.source
-            for file, sha256 in files.items():
-                download(base + file, path / file, sha256)
-            path = path / file if len(files) == 1 else path
-        source = open_source(path, changes)
-        if args.source == "fashion-mnist":
-            source = source._replace(classes=FASHION)
-        with tempfile.TemporaryDirectory(dir=data.DATASETS, prefix=".making-") as making:
-            making = Path(making) / name
-            making.mkdir()
-            write_set(making, source, made, changes)
-            if folder.exists():
-                folder.rename(making.with_name("before"))  # which goes away with what is around it
-            making.rename(folder)
-        lines = source.lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
+        lines = prepare(folder, args.source, made)
     dataset = load_dataset(folder)
     C, S, _ = dataset.shape
     mean, std = (", ".join(f"{value:.4g}" for value in dataset.facts[name]) for name in ("mean", "std"))
