@@ -30,7 +30,6 @@ Source: [EDM2] Karras et al. 2024, arXiv 2312.02696. Read train.py before, sampl
 import copy
 import sys
 import uuid
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -218,11 +217,11 @@ def reconstruct(snapshots, stds):
 
 
 def main():
-    from plumbing.command import Parser, reading
+    from plumbing.command import Parser, path_type, reading
     from plumbing.snapshots import load_snapshots, write_snapshot
 
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="a run directory, or a folder of snapshots")
+    parser.add_argument("folder", type=path_type, help="a run directory, or a folder of snapshots")
     parser.add_argument("--std", type=float, nargs="+", required=True,
                         help="relative widths, 0.001 to 0.288")
     parser.add_argument("--step", type=int,

@@ -31,22 +31,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import find_set, load_dataset
-from plumbing.command import (Parser, UserError, between, existing_file, reading, run_main, track,
-                              warn)
+from plumbing.command import (Parser, UserError, between, existing_file, path_type, reading,
+                              run_main, track, warn)
 from plumbing.config import dataset_of
 from plumbing.files import atomic_file, download
 from plumbing.processes import (choose_device, join_processes, leave_processes, rank, together,
                                 world_size)
 from plumbing.snapshots import list_snapshots
-from prepare.sources import crop_and_resize, open_source
+from prepare.pictures import crop_and_resize
+from prepare.sources import open_source
 from sample import check_guidance, deal_labels, guided, load_decoder, load_denoiser, sample
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 LAYOUT = "61093f3898ff55ee"  # hash of the names and shapes in that file
 
-# Mean (D,), unbiased covariance (D, D) and count of features; count is None if it is not known
-Statistics = namedtuple("Statistics", ["mu", "sigma", "count"])
+# Mean (D,), unbiased covariance (D, D) and count of features, and which features these are; count
+# and features are None if a file does not say
+Statistics = namedtuple("Statistics", ["mu", "sigma", "count", "features"])
+
+# of: a function from uint8 images (B, C, H, W) to features (B, D); name: says which they are
+Features = namedtuple("Features", ["name", "of"])
 
 # What statistics are taken of. draw: from a list of numbers, 0 to count - 1, to uint8 images
 # (B, C, H, W); shape: (C, S, S) of the images, where it is known
@@ -57,7 +62,7 @@ Images = namedtuple("Images", ["count", "draw", "shape"])
 def statistics(name, images, features, batch, device):
     """The Statistics of features of Images, the same in every process.
 
-    features: a function from images to features (B, D).
+    features: a function from images to features (B, D), with their name.
     Why plain sums in float64, as EDM2 has them: Inception's features have means near 0.3, so the
     subtraction of the mean at the end loses nothing, and one pass is enough."""
     count = images.count
@@ -68,7 +73,7 @@ def statistics(name, images, features, batch, device):
         numbers = range(rank(), count, world_size())
         batches = [numbers[i:i + batch] for i in range(0, len(numbers), batch)]
         for part in track(batches, f"{name}, images", len(numbers), len):
-            x = features(images.draw(part).to(device))
+            x = features.of(images.draw(part).to(device))
             if x.shape[1] > 2**14:  # whose covariance would take 2 GB
                 raise UserError(f"{name}: {x.shape[1]:,} features are too many; "
                                 "pixels are for tiny images")
@@ -83,7 +88,7 @@ def statistics(name, images, features, batch, device):
         dist.all_reduce(products)
     mean = total / count
     sigma = (products - count * torch.outer(mean, mean)) / max(count - 1, 1)
-    return Statistics(mean.numpy(), sigma.numpy(), count)
+    return Statistics(mean.numpy(), sigma.numpy(), count, features.name)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -236,14 +241,16 @@ def load_module_features(text, device):
 
 
 def load_features(name, weights, device):
-    """A function from uint8 images (B, C, H, W) to features (B, D): `inception`, `pixels` (for tiny
-    images, scaled to -1..1), or the network of MODULE:FILE, which gets RGB. Raises UserError."""
+    """The Features called `inception`, `pixels` (for tiny images, scaled to -1..1), or MODULE:FILE,
+    whose network gets RGB. Raises UserError."""
     if name == "pixels":
-        return lambda images: images.flatten(1).float() / 127.5 - 1
+        return Features(name, lambda images: images.flatten(1).float() / 127.5 - 1)
     if name == "inception":
-        network = load_inception(weights, device)
+        network, full_name = load_inception(weights, device), name
     else:
         network = load_module_features(name, device)
+        module, _, path = name.partition(":")
+        full_name = f"{module}:{sha256(Path(path).read_bytes()).hexdigest()[:16]}"
 
     def features(images):
         values = network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
@@ -252,7 +259,7 @@ def load_features(name, weights, device):
                             f"(N, D), not {tuple(values.shape)}")
         return values
 
-    return features
+    return Features(full_name, features)
 
 
 def read_statistics(path):
@@ -265,14 +272,14 @@ def read_statistics(path):
         mu, sigma = file["mu"].astype(float), file["sigma"].astype(float)
         if sigma.shape != 2 * mu.shape or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(f"mu {mu.shape}, sigma {sigma.shape} must be finite, (D,) and (D, D)")
-        return Statistics(mu, sigma, int(file["count"]) if "count" in file.files else None)
+        count = int(file["count"]) if "count" in file.files else None
+        features = str(file["features"]) if "features" in file.files else None
+        return Statistics(mu, sigma, count, features)
 
 
 def save_statistics(path, found):
-    """Write Statistics as an npz of mu, sigma and, if known, count."""
-    arrays = {"mu": found.mu, "sigma": found.sigma}
-    if found.count is not None:
-        arrays["count"] = found.count
+    """Write Statistics as an npz of mu, sigma and, if known, count and features."""
+    arrays = {name: value for name, value in found._asdict().items() if value is not None}
     with atomic_file(path) as file:
         np.savez(file, **arrays)
 
@@ -284,13 +291,13 @@ def open_run(run, args, device, std):
         return None
     denoiser, facts = load_denoiser(run, device, std)
     config = denoiser.net.config
-    decode = load_decoder(facts, device)
+    decode = load_decoder(facts, config.channels, device)
     check_guidance(config, facts, args.guidance)
     denoise = guided(denoiser, args.guidance)
 
     def draw(numbers):
-        labels = deal_labels(facts["counts"], numbers)
         seeds = [args.seed + number for number in numbers]
+        labels = deal_labels(facts["counts"], seeds)
         return decode(sample(denoiser, facts, labels, seeds, denoise=denoise))
 
     shape = (config.channels, config.image_size, config.image_size)
@@ -309,16 +316,20 @@ def open_images(source, shape):
                         f"write {os.path.abspath(source)} or {ready}")
     if ready or not here:
         images = load_dataset(source).images
+        places = range(len(images))
     else:
-        images = open_source(source, Counter()).images
-    colour = shape is None and any(len(image) > 1 for image in images)
+        found = open_source(source, Counter())
+        held_out = np.zeros(len(found.images), bool) if found.held_out is None else found.held_out
+        images, places = found.images, np.flatnonzero(~held_out).tolist()
+    colour = shape is None and any(len(images[place]) > 1 for place in places)
     form = "as they are"
     if shape:
         form = f"{shape[1]}x{shape[2]}, {'grey' if shape[0] == 1 else 'colour'}, as the run's"
-    warn(f"{source}: {len(images):,} images, {form}")
+    part = "" if len(places) == len(images) else f", those to train on, of {len(images):,}"
+    warn(f"{source}: {len(places):,} images{part}, {form}")
 
     def draw(numbers):
-        batch = [images[number] for number in numbers]
+        batch = [images[places[number]] for number in numbers]
         if batch[0].dtype != np.uint8:
             raise UserError(f"{source}: holds latents; name images to compare with")
         if shape:
@@ -331,18 +342,21 @@ def open_images(source, shape):
                             "python data.py with --size makes them alike")
         return torch.from_numpy(np.stack(batch))
 
-    return Images(len(images), draw, shape)
+    return Images(len(places), draw, shape)
 
 
 def distance(a, b, names):
     """The Fréchet distance of two Statistics, with a warning if they come from few images for so
     many features. names: of their sources. Raises UserError if their features differ."""
+    if a.features and b.features and a.features != b.features:
+        raise UserError(f"{names[0]} has features {a.features}, {names[1]} has {b.features}")
     if a.mu.shape != b.mu.shape:
         raise UserError(f"{names[0]} has {a.mu.size} features, {names[1]} has {b.mu.size}: "
                         "other features or image sizes")
-    for (mu, _, count), name in zip((a, b), names):
-        if count is not None and count < 5 * len(mu):
-            warn(f"warning: {name}: {count} images are few for {len(mu)} features; the distance "
+    for found, name in zip((a, b), names):
+        count, size = found.count, len(found.mu)
+        if count is not None and count < 5 * size:
+            warn(f"warning: {name}: {count} images are few for {size} features; the distance "
                  f"comes out too large, compare it only with others from {count} images")
     return frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
 
@@ -351,13 +365,13 @@ def make_parser():
     parser = Parser(__doc__)
     add, std = parser.add_argument, between(float, 0.001, 0.288)
     add("command", choices=["compare", "stats", "sweep"], help="what to do, see above")
-    add("sources", nargs="+",
+    add("sources", nargs="+", type=os.path.expanduser,
         help="two sources to compare, one for stats, a run directory to sweep")
     add("--features", default="inception",
         help="inception, pixels, or MODULE:FILE, a module's class Features, uint8 RGB (N, 3, H, W) "
              "-> (N, D), and its state dict, like tools.classifier:out/features.pt "
              "(default: inception)")
-    add("--weights", type=Path, help="file of Inception weights (default: downloaded once)")
+    add("--weights", type=path_type, help="file of Inception weights (default: downloaded once)")
     add("--count", type=between(int, 1, 10**8), default=50000,
         help="samples to draw from a run (default: 50000)")
     add("--seed", type=between(int, 0, 2**31), default=0,
@@ -368,10 +382,11 @@ def make_parser():
         help="guidance to draw them with (default: 1, none)")
     add("--batch", type=between(int, 1, 65536), default=128, help="images at once (default: 128)")
     add("--device", default="", help="cuda, mps or cpu (default: the best there is)")
-    add("--out", type=Path, metavar="FILE.npz", help="stats: where they go")
+    add("--out", type=path_type, metavar="FILE.npz", help="stats: where they go")
     add("--std", type=std, nargs="+", help="sweep: EMA widths")
-    add("--reference", help="sweep: what to compare with (default: the dataset of the run)")
-    add("--plot", type=Path, metavar="FILE.svg", help="sweep: also draw the table")
+    add("--reference", type=os.path.expanduser,
+        help="sweep: what to compare with (default: the dataset of the run)")
+    add("--plot", type=path_type, metavar="FILE.svg", help="sweep: also draw the table")
     return parser
 
 

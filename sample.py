@@ -9,6 +9,7 @@ Read ema.py before, data.py after.
 """
 
 import math
+import unicodedata
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from data import from_network, make_grid, to_picture
 from ema import reconstruct
 from model import Denoiser, DiTConfig
-from plumbing.command import Parser, UserError, between, reading, run_main
+from plumbing.command import Parser, UserError, between, path_type, reading, run_main
 from plumbing.config import config_class
 from plumbing.files import atomic_file, load_file, save_picture
 from plumbing.processes import (PRECISIONS, check_compiler, choose_device, collect, draw_in_shares,
@@ -90,13 +91,14 @@ def guided(denoiser, guidance, guide=None, interval=(0.0, math.inf)):
     return denoise
 
 
-def deal_labels(counts, numbers):
-    """Labels (N,) for samples with these numbers (N,): any stretch of numbers has classes as often
-    as the data, where class i occurs counts[i] times. Multiples of the golden ratio, modulo 1, fill
-    0..1 evenly from any start on (a low-discrepancy sequence).
-    Why: else a distance from samples to data would measure class shares too."""
+def deal_labels(counts, seeds):
+    """Labels (N,) for samples of these seeds (N,): any stretch of seeds has classes in nearly the
+    proportions of the data, where class i occurs counts[i] times. Multiples of the golden ratio,
+    modulo 1, fill 0..1 evenly from any start on (a low-discrepancy sequence).
+    Why: random labels would add the noise of their proportions to a distance. Why by seed: many
+    small jobs draw the same samples as a large one."""
     golden = (math.sqrt(5) - 1) / 2
-    positions = (np.asarray(numbers) + 0.5) * golden % 1
+    positions = (np.asarray(seeds) + 0.5) * golden % 1
     return np.searchsorted(np.cumsum(counts) / sum(counts), positions, side="right")
 
 
@@ -181,12 +183,15 @@ def load_denoiser(path, device, std=None):
     return denoiser.to(device).eval(), facts
 
 
-def load_decoder(facts, device):
-    """A function from what `sample` returns to uint8 images: for latents, the Stable Diffusion VAE
-    out of `diffusers`. EDM2's latents are of images scaled to 0..1; the result is truncated to
-    integers as EDM2 does. Raises UserError if there is no VAE."""
+def load_decoder(facts, channels, device):
+    """A function from what `sample` returns to uint8 images: for latents of 4 channels, the Stable
+    Diffusion VAE out of `diffusers`. EDM2's latents are of images scaled to 0..1; the result is
+    truncated to integers as EDM2 does. Raises UserError if there is no VAE for the latents."""
     if not facts["latent"]:
         return lambda images: images
+    if channels != 4:
+        raise UserError(f"the run draws latents of {channels} channels, and the decoder here, "
+                        "sd-vae-ft-mse, is for 4; write latents with --out=FILE.npz")
     with reading("the run draws latents, and there is no VAE: "
                  "install diffusers, or write latents with --out=FILE.npz"):
         from diffusers import AutoencoderKL  # the only use of a package beyond the five
@@ -219,6 +224,7 @@ def check_guidance(config, facts, guidance, guide=None, guide_facts=None):
 def find_label(name, classes):
     """The label of a class, given by its name or, where names are not numbers themselves, by its
     number. Raises UserError."""
+    name = unicodedata.normalize("NFC", name)  # as class names are
     if name in classes:
         return classes.index(name)
     numbered = any(other.isdecimal() for other in classes)
@@ -232,7 +238,7 @@ def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
     level, std = between(float, 0, 1e6), between(float, 0.001, 0.288)
-    add("run", nargs="?", help="run directory or snapshot file "
+    add("run", nargs="?", type=path_type, help="run directory or snapshot file "
                                "(default: the run under out/ with the newest snapshot)")
     add("--ema", type=std, metavar="STD", help="EMA width (default: the widest in training)")
     either = parser.add_mutually_exclusive_group()
@@ -248,13 +254,13 @@ def make_parser():
         help="images drawn at once (default: 256)")
     add("--steps", type=between(int, 2, 10000), default=32, help="sampler steps (default: 32)")
     add("--guidance", type=level, default=1.0, help="guidance strength (default: 1, none)")
-    add("--guide", metavar="RUN",
+    add("--guide", type=path_type, metavar="RUN",
         help="guide by this weaker run or snapshot (default: by the null label)")
     add("--guide-ema", type=std, metavar="STD",
         help="EMA width of the guide; without --guide, of the same run")
     add("--guidance-interval", type=level, nargs=2, metavar=("LO", "HI"),
         help="guide for LO < sigma <= HI (default: at all noise levels)")
-    add("--out", type=Path,
+    add("--out", type=path_type,
         help="FILE.png: a grid; FILE.npz: arr_0 and labels; no suffix: a directory for PNGs "
              "named by seed (default: grid.png in the run directory)")
     add("--gif", action="store_true", help="also write the grid as an animation of the denoising")
@@ -337,13 +343,17 @@ def main():
         rows = choose_rows(args, facts, denoiser.net.config.num_classes)
         total = args.count or len(rows) * args.columns
         check_out(args, total, denoiser.net.config, facts["latent"])
-        decode = load_decoder(facts, device) if args.out.suffix != ".npz" else lambda images: images
+        channels = denoiser.net.config.channels
+        decode = lambda images: images
+        if args.out.suffix != ".npz":
+            decode = load_decoder(facts, channels, device)
         folder = args.out.parent if args.out.suffix else args.out
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
     names = [facts["classes"][row] for row in rows] if facts["classes"] else []
     labels = np.repeat(rows, args.columns)
     if args.count:
-        names, labels = [], deal_labels(facts["counts"], range(total))
+        seeds = range(args.seed, args.seed + total)
+        names, labels = [], deal_labels(facts["counts"], seeds)
 
     def draw(numbers):
         seeds = [args.seed + number for number in numbers]
@@ -360,9 +370,11 @@ def main():
         if rank() == 0 and args.out.suffix == ".png":
             write_grid(args.out, images, args.columns, names, args.gif)
         elif rank() == 0:
-            arrays = {"latents": images}
-            if not facts["latent"]:
-                arrays = {"arr_0": images.transpose(0, 2, 3, 1)}
+            arrays = {"classes": np.array(facts["classes"], str)}  # what the labels mean
+            if facts["latent"]:
+                arrays["latents"] = images
+            else:
+                arrays["arr_0"] = images.transpose(0, 2, 3, 1)
             with atomic_file(args.out) as file:
                 np.savez(file, labels=labels, **arrays)
     print(args.out)

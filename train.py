@@ -11,6 +11,7 @@ after; nothing under plumbing/ is needed to follow a step.
 
 import hashlib
 import math
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -98,6 +99,7 @@ class TrainConfig(Configuration):
 
     def __post_init__(self):
         super().__post_init__()
+        self.out, self.dataset = map(os.path.expanduser, (self.out, self.dataset))
         if len({round(std, 3) for std in self.ema_stds}) < len(self.ema_stds):
             raise ValueError(f"ema_stds: {list(self.ema_stds)} must differ in three decimals")
 

@@ -41,6 +41,11 @@ def between(kind, low, high):
     return parse
 
 
+def path_type(text):
+    """An argparse type: a path, ~ being the home directory, which a shell does not see after an =."""
+    return Path(text).expanduser()
+
+
 def existing_file(path):
     """`path` as a Path, if a regular file is there. Why: opening a pipe would wait for ever. Raises ValueError."""
     if not Path(path).is_file():

@@ -22,6 +22,8 @@ def check_value(name, value, kind, low, high, choices):
         good, what = value in choices, f"one of {', '.join(choices)}"
     elif kind is str:
         good, what = isinstance(value, str) and value.isprintable(), "printable text"
+        if isinstance(value, str) and set("\n\t\r\b\f") & set(value):  # of a path of Windows
+            what += " (in TOML a backslash begins an escape: write C:/new, or 'C:\\new' in single quotes)"
     elif kind is bool:
         good, what = isinstance(value, bool), "true or false"
     else:

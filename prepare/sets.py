@@ -22,7 +22,8 @@ import data
 from data import FORMAT, describe, epoch_order, find_set, load_dataset, make_grid, to_network
 from plumbing.command import Parser, UserError, between, differences, reading, track, warn
 from plumbing.files import download
-from prepare.sources import crop_and_resize, open_source
+from prepare.pictures import crop_and_resize
+from prepare.sources import open_source
 
 HEADER = 128  # bytes of a .npy file before its values
 
@@ -44,11 +45,26 @@ DOWNLOADS = {  # name: where from, {file: its SHA-256}
 FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 
 
+def is_held_out(image, i, source, holdout, left):
+    """Whether image i of a Source is held out: as the source says, else by the hash of the image, so that copies of one
+    stay together. left: {label: how many images of it are not placed yet, or None once one is trained on}. Why: of each
+    class one image at least stays in training."""
+    if source.held_out is not None:
+        return bool(source.held_out[i])
+    share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
+    label = source.labels[i]
+    held = share < holdout and left[label] != 1
+    if left[label] is not None:
+        left[label] = left[label] - 1 if held else None
+    return held
+
+
 def write_images(files, source, made, changes, channels=1):
     """Write the images of a Source into two open files, those to train on and those held out. Returns their numbers.
-    Unless the source itself holds images out, the hash of an image decides, so that its copies stay together."""
+    When the first colour image turns up, it begins again with three channels."""
     changes.clear()
-    first, numbers = None, ([], [])
+    first, numbers, few = None, ([], []), Few(source)
+    left = dict(enumerate(np.bincount(source.labels).tolist()))
     for file in files:
         file.seek(HEADER)  # which is written last
         file.truncate()
@@ -63,8 +79,9 @@ def write_images(files, source, made, changes, channels=1):
             continue
         if made["size"] and image.dtype != np.uint8:
             raise UserError(f"--size: {made['source']} holds latents, which cannot be resized")
-        if len(image) > channels:  # not grey after all: begin again
+        if len(image) > channels:
             return write_images(files, source, made, changes, len(image))
+        few.look(image, source.labels[i])
         image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
         first = image if first is None else first
         C, H, W = image.shape
@@ -72,18 +89,40 @@ def write_images(files, source, made, changes, channels=1):
             raise UserError(f"{made['source']}: {source.images.names[i]} is {C}x{H}x{W}, the first is "
                             f"{'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
                             "pictures so")
-        share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
-        held = share < made["holdout"] if source.held_out is None else bool(source.held_out[i])
+        held = is_held_out(image, i, source, made["holdout"], left)
         files[held].write(image)
         numbers[held].append(i)
     if not numbers[0]:
         raise UserError(f"{made['source']}: no image is left to train on")
+    few.tell(source)
     for file, part in zip(files, numbers):
         file.seek(0)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(part), *first.shape)}
         np.lib.format.write_array_header_1_0(file, header)
         assert file.tell() == HEADER
     return numbers
+
+
+class Few:
+    """Looks at the first 50 images of each class for what segmentation masks are like: images of at most 32 colours
+    among others of many. Why: masks that lie beside the pictures would be trained on."""
+
+    def __init__(self, source):
+        self.counts = np.zeros((max(len(source.classes), 1), 2), int)  # of each class: few colours, many
+
+    def look(self, image, label):
+        if self.counts[label].sum() < 50 and image.dtype == np.uint8:
+            pixels = image[:, ::-(-image.shape[1] // 64), ::-(-image.shape[2] // 64)].reshape(len(image), -1)
+            self.counts[label, int(len(np.unique(pixels, axis=1).T) > 32)] += 1
+
+    def tell(self, source):
+        few, many = self.counts.T
+        if not source.classes and few[0] and many[0]:
+            source.lines.append(f"{few[0]} of the first {few[0] + many[0]} images have at most 32 colours, as masks do")
+        odd = [name for name, a, b in zip(source.classes, few, many) if a and not b]
+        if odd and many.any():
+            source.lines.append(f"all images of {', '.join(odd)[:200]} have at most 32 colours, as masks do; if they are "
+                                "masks, take them out")
 
 
 def channel_statistics(images):
@@ -125,12 +164,13 @@ def write_set(folder, source, made, changes):
               "classes": hashlib.sha256(json.dumps(source.classes).encode())}
     counts = np.bincount(source.labels[numbers[0]], minlength=len(source.classes))
     if not counts.all():
-        raise UserError(f"{made['source']}: no image of {source.classes[counts.argmin()]!r} is left to train on; "
-                        "choose a lower --holdout")
+        raise UserError(f"{made['source']}: no image of {source.classes[counts.argmin()]!r} is left to train on: "
+                        "all of them are held out by the source, or cannot be read")
     images = np.load(folder / "images.npy", mmap_mode="r")
     mean, std = channel_statistics(images)
     if not std.all():
-        raise UserError(f"{made['source']}: all images are alike")
+        which = f"channel {std.argmin()} is the same in all latents" if len(std) > 1 else "all images are alike"
+        raise UserError(f"{made['source']}: {which}")
     facts = {"latent": images.dtype == np.float32, "mean": mean.tolist(), "std": std.tolist(),
              "classes": source.classes, "counts": counts.tolist(),
              "hashes": {name: sha.hexdigest() for name, sha in hashes.items()}}
@@ -141,11 +181,14 @@ def write_set(folder, source, made, changes):
 
 def make_parser():
     parser = Parser(__doc__)
-    parser.add_argument("source", help=f"{', '.join(DOWNLOADS)}, or the path of a folder or file")
+    parser.add_argument("source", type=os.path.expanduser, help=f"{', '.join(DOWNLOADS)}, or the path of a folder or file")
     parser.add_argument("--name", help="the set goes to datasets/NAME (default: the source's name, and -SIZE)")
     parser.add_argument("--size", type=between(int, 1, 8192), help="crop images to their centre, resize to this side")
     parser.add_argument("--holdout", type=between(float, 0, 0.9), default=0.05,
                         help="share of the images to hold out, if the source has no test part (default: 0.05)")
+    parser.add_argument("--labels", default="", type=os.path.expanduser, metavar="FILE[:COLUMN]",
+                        help="a CSV or text file with a row for each picture, its name and its label; or none, to take "
+                             "the images without labels (default: dataset.json, else folders)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a set of that name")
     return parser
@@ -178,11 +221,11 @@ def fetch(name):
     return path / file if len(files) == 1 else path
 
 
-def prepare(folder, source, made):
+def prepare(folder, source, made, labels=""):
     """Write the Source in a file, a folder or a public set into `folder`, whole or not at all. Returns lines that its
     user should know."""
     changes = Counter()
-    found = open_source(fetch(source) if source in DOWNLOADS else source, changes)
+    found = open_source(fetch(source) if source in DOWNLOADS else source, changes, labels)
     if source == "fashion-mnist":
         found = found._replace(classes=FASHION)
     with tempfile.TemporaryDirectory(dir=data.DATASETS, prefix=".making-") as making:
@@ -201,6 +244,8 @@ def main():
     folder = choose_folder(args)
     source = args.source if args.source in DOWNLOADS else os.path.abspath(args.source)
     made = {"source": source, "size": args.size, "holdout": args.holdout, "skip_broken": args.skip_broken}
+    if args.labels:
+        made["labels"] = args.labels if args.labels == "none" else os.path.abspath(args.labels)
     if folder.exists() and not args.overwrite:
         with reading(folder):
             about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
@@ -209,7 +254,7 @@ def main():
             raise UserError(f"{folder} was made with {other}; choose another --name, or --overwrite")
         lines = [f"{folder} is ready; if its source has changed since, use --overwrite"]
     else:
-        lines = prepare(folder, args.source, made)
+        lines = prepare(folder, args.source, made, args.labels)
     dataset = load_dataset(folder)
     C, S, _ = dataset.shape
     mean, std = (", ".join(f"{value:.4g}" for value in dataset.facts[name]) for name in ("mean", "std"))

@@ -1,75 +1,120 @@
 """Whatever images people have, by what it holds: folders, zips, idx, npz, npy, CIFAR's archives, latents. Each becomes
-a Source. No diffusion here, and nothing that training reads: see prepare/sets.py."""
+a Source. Nothing here is about diffusion, and training reads none of it: see prepare/sets.py."""
 
 import gzip
-import json
 import math
 import os
 import re
 import tarfile
-import warnings
 import zipfile
 from collections import Counter, namedtuple
 from io import BytesIO
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data import to_picture
-from plumbing.command import reading, existing_file
-
-warnings.filterwarnings("ignore", module="PIL")  # whatever matters is raised
+from plumbing.command import existing_file, reading
+from prepare.labels import (SPLIT_WORDS, SUFFIXES, as_labels, classes_by_folder, is_litter, labels_by_json,
+                            labels_by_table, splits_by_folder)
+from prepare.pictures import from_picture
 
 # What open_source() finds. images: a sequence of arrays (C, H, W), uint8 or float32; labels: int64 (N,), zeros if there
 # are no classes; held_out: bool (N,), or None if the source has no such part; lines: what its user should know.
 Source = namedtuple("Source", ["images", "labels", "classes", "held_out", "lines"])
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/|Thumbs\.db$)")
-HELD_OUT = {"t10k", "test", "testing", "val", "valid", "validation"}  # names of parts and of their folders
-SPLITS = HELD_OUT | {"train", "training"}
-IMAGE_STEMS = re.compile(r"(?:.*[-_.])?images(?:[-.]idx3-ubyte)?|x_(?:train|val|test)|arr_0|"
-                         r"(?:data_batch_\d|test_batch|train|test)\.bin")  # MNIST, MedMNIST, Keras, ADM; CIFAR
-LABEL_NAMES = {"images": "labels", "idx3": "idx1", "x_": "y_", "arr_0": "arr_1"}  # what their labels are called
+IMAGE_STEMS = re.compile(r"(?:.*[-_.])?images(?:[-.]idx3-ubyte)?|x|image|(?:x|image)[-_](?:train|val|valid|test)|"
+                         r"(?:train|val|valid|test)[-_](?:x|image)|arr_0|"
+                         r"(?:data_batch_\d|test_batch|train|test)\.bin", re.IGNORECASE)  # the last are CIFAR's
+LABEL_NAMES = {"images": ("labels", "targets", "target"), "idx3": ("idx1",), "image": ("label", "target"), "x": ("y",),
+               "arr_0": ("arr_1",)}  # what the labels of images are called
 
 
 def labels_of(images):
-    """The path of the labels that belong to an array or file of images; CIFAR has both in the same file."""
-    return re.sub(r"(images|idx3|\bx_|arr_0)(?=[^/]*$)", lambda found: LABEL_NAMES[found[0]], images)
+    """Paths that the labels of an array or file of images may have, in lower case; CIFAR has both in one file."""
+    if images.endswith(".bin"):
+        yield images.lower()
+    folder, _, stem = images.lower().rpartition("/")
+    for word, others in LABEL_NAMES.items():
+        for other in others:
+            name = re.sub(rf"(?<![a-z]){word}(?![a-z])", other, stem)
+            if word == "images":
+                name = name.replace("idx3", "idx1")
+            if name != stem:
+                yield f"{folder}/{name}".lstrip("/")
+    for other in ("labels", "targets"):
+        yield f"{folder}/{other}".lstrip("/")
 
 
-def open_files(path):
-    """The files of a folder, zip, npz or tar: their names, and a function that opens one by its name. A single file
-    counts as a folder of itself and the labels beside it. Why: all other code then sees only names and bytes."""
-    if path.is_dir():
-        names, seen, folders, links = [], set(), [""], []
-        while folders or links:  # links last: a class keeps its real name
-            folder = (folders or links).pop()
-            if os.path.realpath(path / folder) in seen:
-                continue
-            seen.add(os.path.realpath(path / folder))
-            for entry in sorted(os.scandir(path / folder), key=lambda entry: entry.name, reverse=True):
-                if entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
-                else:
-                    names.append(folder + entry.name)
-        return names, lambda name: open(existing_file(path / name), "rb")
-    if zipfile.is_zipfile(existing_file(path)):
-        archive = zipfile.ZipFile(path)
-        pairs, opener = [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()], archive.open
-    elif tarfile.is_tarfile(path):
-        archive = tarfile.open(path)
-        pairs, opener = [(member.name, member) for member in archive if not member.isdir()], archive.extractfile
-    else:
-        stem = path.name.removesuffix(".gz")
-        beside = [path.with_name(labels_of(stem) + end) for end in ("", ".gz")]
-        labels = [("labels", file) for file in beside if file.is_file() and labels_of(stem) != stem]
-        pairs, opener = [("images", path), *labels[:1]], lambda file: open(file, "rb")
-    files = {re.sub(r"^(\.?/)+", "", name.replace("\\", "/")): file for name, file in pairs}
-    if len(files) < len(pairs):
-        raise ValueError("holds several files of the same name")
-    return list(files), lambda name: opener(files[name])
+def decoded_name(entry, lines):
+    """The name of a zip's entry. Python reads what has no UTF-8 flag as code page 437; that is right for the oldest
+    programs, and wrong for those that wrote UTF-8 without the flag or a code page of their own language."""
+    if entry.flag_bits & 0x800 or entry.filename.isascii():
+        return entry.filename
+    raw = entry.orig_filename.encode("cp437")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        line = ("names are neither ASCII nor UTF-8 and were read as code page 437; if they look wrong, unpack the zip "
+                "where they look right (unzip -O cp932, for Japanese) and prepare the folder")
+        if line not in lines:
+            lines.append(line)
+        return raw.decode("cp437")
+
+
+class Files:
+    """The files of a folder, zip, npz or tar: their names, and a call opens one by its name. A single file counts as a
+    folder of itself and the labels beside it. Why: all other code then sees only names and bytes.
+
+    opened: the names of those that were opened. lines: gets what their owner should know."""
+
+    def __init__(self, path, lines):
+        self.opened = set()
+        if path.is_dir():
+            self.names, self.open = names_in_folder(path), lambda name: open(existing_file(path / name), "rb")
+            return
+        if zipfile.is_zipfile(existing_file(path)):
+            archive = zipfile.ZipFile(path)
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            pairs, opener = [(decoded_name(entry, lines), entry) for entry in entries], archive.open
+        elif tarfile.is_tarfile(path):
+            archive = tarfile.open(path)
+            pairs, opener = [(member.name, member) for member in archive if not member.isdir()], archive.extractfile
+        else:
+            pairs, opener = with_labels_beside(path), lambda file: open(file, "rb")
+        files = {re.sub(r"^(\.?/)+", "", name.replace("\\", "/")): file for name, file in pairs}
+        if len(files) < len(pairs):
+            raise ValueError("holds several files of the same name")
+        self.names, self.open = list(files), lambda name: opener(files[name])
+
+    def __call__(self, name):
+        self.opened.add(name)
+        return self.open(name)
+
+
+def names_in_folder(path):
+    """The paths of all files in a folder. Links are followed once, and last, so that a class keeps its real name."""
+    names, seen, folders, links = [], set(), [""], []
+    while folders or links:
+        folder = (folders or links).pop()
+        if os.path.realpath(path / folder) in seen:
+            continue
+        seen.add(os.path.realpath(path / folder))
+        for entry in sorted(os.scandir(path / folder), key=lambda entry: entry.name, reverse=True):
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
+            else:
+                names.append(folder + entry.name)
+    return names
+
+
+def with_labels_beside(path):
+    """A file of images, and the file of their labels if it lies beside it: [(name, path)]."""
+    stem = re.sub(r"(\.npy|\.gz)+$", "", path.name)
+    if not IMAGE_STEMS.fullmatch(stem.replace(".idx", "-idx")):
+        return [("images", path)]
+    others = {re.sub(r"(\.npy|\.gz)+$", "", file.name).lower(): file for file in sorted(path.parent.iterdir())}
+    beside = [others[name] for name in labels_of(stem) if name in others]
+    return [("images", path), *(("labels", file) for file in beside[:1])]
 
 
 def read_array(open_file, name, field):
@@ -101,30 +146,16 @@ def as_images(array):
     return shaped
 
 
-def as_labels(values):
-    """Labels 0, 1, ... and names of classes, in natural order: 2 before 10. values: whole numbers, texts or one-hot."""
-    values = np.asarray(values)
-    values = values.ravel() if values.size == len(values) else values  # MedMNIST's are (N, 1)
-    if values.ndim == 2 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
-        values = values.argmax(1)
-    if values.dtype.kind == "f" and (abs(values) < 2**53).all() and (values % 1 == 0).all():
-        values = values.astype(np.int64)
-    if values.ndim != 1 or values.dtype.kind not in "iubU" or not "".join(values.astype(str)).isprintable():
-        raise ValueError("labels must be one whole number, one text or one one-hot vector for each image, printable")
-    found, labels = np.unique(values.astype(str), return_inverse=True)
-    order = np.argsort([re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name) for name in found], kind="stable")
-    return np.argsort(order)[labels], found[order].tolist()
-
-
 def from_arrays(stems, found, open_file):
     """Images, the values of their labels or None, and which images are held out or None, read from arrays.
     stems: {path without suffix: path} of all files; found: those stems that hold images, whose labels lie beside."""
-    held = [len(found) > 1 and bool(HELD_OUT & set(re.split("[-_./]", stem.lower()))) for stem in found]
+    words = [re.split("[-_./]", stem.lower().replace("t10k", "test")) for stem in found]
+    held = [len(found) > 1 and any(SPLIT_WORDS.get(word) for word in some) for some in words]
     if len({"data_batch" in stem or stem for stem, out in zip(found, held) if not out}) != 1:
         raise ValueError(f"holds several sets of images, {', '.join(found)[:200]}; choose the file of one")
-    images, values = [], []
+    images, values, lower = [], [], {stem.lower(): name for stem, name in stems.items()}
     for stem in found:
-        beside = stems.get(labels_of(stem)) or stems.get(re.sub("[^/]*$", "labels", stem, count=1))
+        beside = next((lower[name] for name in labels_of(stem) if name in lower), None)
         images.append(as_images(read_array(open_file, stems[stem], "images")))
         if beside:
             values.append(read_array(open_file, beside, "labels"))
@@ -139,41 +170,6 @@ def from_arrays(stems, found, open_file):
                 values = np.array(file.read(2**20).decode().split())[values]
     held_out = np.repeat(held, [len(array) for array in images]) if any(held) else None
     return np.concatenate(images) if len(images) > 1 else images[0], values, held_out
-
-
-def from_picture(image, changes):
-    """A Pillow image as uint8 (1 or 3, H, W). changes: counts the losses that are accepted; others raise ValueError."""
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a phone's photo with a second
-        raise ValueError(f"is animated, {image.n_frames} frames")
-    image.load()
-    if image.info or image.format == "TIFF":  # where an orientation would be
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in ("I", "F"):
-        raise ValueError(f"has more than 16 bits a channel (mode {image.mode})")
-    mode = "L" if Image.getmodebase(image.mode) == "L" else "RGB"
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            changes["with transparency, put on white"] += 1
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.atleast_3d(image if image.mode == mode else image.convert(mode)).transpose(2, 0, 1)
-
-
-def crop_and_resize(image, size, channels, changes):
-    """The central square of an image (C, H, W), resized to `size` if that is given, in grey or in colour."""
-    C, H, W = image.shape
-    if image.dtype != np.uint8 or (H == W and size in (None, H) and C == channels):
-        return image
-    side = min(H, W)
-    changes["not square, cropped to their centre"] += H != W
-    changes["smaller than asked for, enlarged"] += side < (size or 0)
-    changes["grey, made colour as others are"] += C < channels
-    top, left = (H - side) // 2, (W - side) // 2
-    picture = to_picture(image[:, top:top + side, left:left + side]).convert("L" if channels == 1 else "RGB")
-    picture = picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture
-    return np.atleast_3d(picture).transpose(2, 0, 1)
 
 
 class Pictures:
@@ -198,59 +194,39 @@ class Pictures:
             return latent
 
 
-def labels_by_table(names, table, open_file, lines):
-    """The value that the file `table`, a dataset.json [EDM], has for each file, or None if it has none at all."""
-    with open_file(table) as file:
-        pairs = json.loads(file.read(2**30))["labels"] or []
-    pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
-    values = {f"{table.removesuffix('dataset.json')}{name}": value for name, value in pairs}
-    if not values:
-        lines.append("dataset.json has no labels")
-        return None
-    missing = [name for name in names if name not in values]
-    if missing or len(values) < len(pairs):
-        raise ValueError(f"has no label for {missing[0]}" if missing else "has two labels for one image")
-    if len(values) > len(names):
-        lines.append(f"dataset.json names images that are not there: {len(values) - len(names):,}")
-    return [values[name] for name in names]
+def read_labels(path, names, open_file, labels, lines):
+    """Pictures as training takes them: their names, the values of their labels or None, and which are held out or None.
+    labels: see open_source()."""
+    held_out, levels = splits_by_folder(names, lines)
+    tables = [name for name in open_file.names if name.split("/")[-1] == "dataset.json"]
+    if labels == "none":
+        values = None
+    elif labels:
+        file, _, column = (labels, "", "") if Path(labels).is_file() else labels.partition(":")
+        with reading(f"--labels={file}"):
+            values = labels_by_table(names, existing_file(file).read_text("utf-8-sig"), column, lines)
+    elif tables:
+        with reading(f"{path}/{tables[0]}"), open_file(tables[0]) as file:
+            values = labels_by_json(names, tables[0], file.read(2**30), lines)
+    else:
+        values = classes_by_folder(names, held_out, levels, lines)
+    if values is not None and None in values:
+        kept = [i for i, value in enumerate(values) if value is not None]
+        names, values = [names[i] for i in kept], [values[i] for i in kept]
+        held_out = held_out[kept] if held_out[kept].any() else None
+    return names, values, held_out
 
 
-def label_pictures(images, table, lines):
-    """Values of the labels of Pictures or None, and which are held out or None. Labels are those of the file `table`, a
-    dataset.json, else the outermost folders that differ; folders train, val, test and the like there are splits."""
-    levels = zip_longest(*(name.split("/")[:-1] for name in images.names), fillvalue="")  # a folder of each file
-    levels, held_out = [level for level in levels if len(set(level)) > 1], None
-    names = [{folder.lower() for folder in level} for level in levels]
-    splits = [level & SPLITS for level in names]
-    if any(splits):
-        if any(splits[1:]) or names[0] - SPLITS or not names[0] - HELD_OUT:
-            raise ValueError(f"has a folder {min(set().union(*splits))}: if it is a split, splits must be the outermost"
-                             " folders, train among them, and no other folder; if it is a class, give it another name")
-        lines.append(f"the folders {', '.join(sorted(set(levels[0])))} are splits: what is not train is held out")
-        held_out = np.array([folder.lower() in HELD_OUT for folder in levels.pop(0)])
-    if table:
-        with reading(f"{images.path}/{table}"):
-            return labels_by_table(images.names, table, images.open_file, lines), held_out
-    if all(re.search(r"(^|/)[0-9]{5}/img[0-9]{8}\.[^/]*$", name) for name in images.names):
-        lines.append("the folders are numbered as EDM does it, so they are no classes; there is no dataset.json")
-        return None, held_out
-    if levels and "" in levels[0]:
-        stray = images.names[levels[0].index("")]
-        raise ValueError(f"{stray} lies beside the folders of the classes; put it into one, or take it out")
-    return levels[0] if levels else None, held_out
+def open_source(path, changes, labels=""):
+    """The Source in a folder or file, by what it holds. Raises UserError.
 
-
-def open_source(path, changes):
-    """The Source in a folder or file, by what it holds. changes: a Counter, see from_picture(). Raises UserError."""
-    path, opened, lines = Path(path), set(), []
+    changes: a Counter, see from_picture(). labels: "none" for images without labels, a table FILE or FILE:COLUMN, or ""
+    for labels as they lie with the images: in a dataset.json, else by folder."""
+    path, lines = Path(path), []
     with reading(path):
-        every, open_any = open_files(path)
-
-        def open_file(name):
-            opened.add(name)
-            return open_any(name)
-
-        names = sorted(name for name in every if not HIDDEN.search(name))
+        open_file = Files(path, lines)
+        every = list(open_file.names)
+        names = sorted(name for name in every if not is_litter(name))
         pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
         stems = {re.sub(r"(\.npy|\.gz)+$", "", name).replace(".idx", "-idx"): name
                  for name in sorted(set(names) - set(pictures), reverse=True)}
@@ -264,18 +240,23 @@ def open_source(path, changes):
             raise ValueError(f"holds both pictures and {other}; take one of them out")
         if found:
             images, values, held_out = from_arrays(stems, found, open_file)
+            if labels not in ("", "none"):
+                raise ValueError("--labels=FILE goes with pictures; the labels of an array lie beside it")
+            values = None if labels else values
         elif not pictures and (not latents or path.suffix.lower() == ".npz"):
             raise ValueError(f"has arrays {', '.join(latents)[:200]}, but none called arr_0, images, x_train or "
                              "train_images" if latents else "it holds no images of a kind that this reads")
         elif path.is_file() and not zipfile.is_zipfile(path):
             raise ValueError("is a tar of pictures, which is slow to read in any order; unpack it")
         else:
-            images = Pictures(path, pictures or latents, open_file, changes)
-            table = next((name for name in names if name.split("/")[-1] == "dataset.json"), None)
-            values, held_out = label_pictures(images, table, lines)
+            kept, values, held_out = read_labels(path, pictures or latents, open_file, labels, lines)
+            images = Pictures(path, kept, open_file, changes)
         labels, classes = (np.zeros(len(images), np.int64), []) if values is None else as_labels(values)
-    left = set(names) - opened - set(pictures + latents)
+    left = set(names) - open_file.opened - set(pictures + latents)
+    tables = sorted(name for name in left if name.lower().endswith((".csv", ".tsv", ".txt")))
+    if tables and not classes:
+        lines.append(f"no labels were found; if {tables[0]} holds some, take --labels=FILE")
     left = Counter(name if name.endswith(".npy") else os.path.splitext(name)[1] or name for name in left)
-    left |= {"hidden": len(every) - len(names)}
+    left |= {"hidden or of a system": len(every) - len(names)}
     left = [f"{count:,} {ascii(kind)[1:-1]}" for kind, count in sorted(left.items()) if count]
     return Source(images, labels, classes, held_out, lines + [f"left out: {', '.join(left)[:300]}"] * bool(left))

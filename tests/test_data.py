@@ -284,7 +284,7 @@ def bad_sources():
     yield "words", b"no images here", "is neither .npy nor an idx file"
     yield "few.npz", saved(np.savez, pixels[:, 0], np.arange(3)), "has 3 labels for 4 images"
     yield "float.npz", saved(np.savez, pixels[:, 0] / 255), "(images * 255).round().astype('uint8')"
-    yield "names.npz", saved(np.savez, X=pixels[:, 0], y=np.arange(4)), "has arrays "
+    yield "names.npz", saved(np.savez, pictures=pixels[:, 0], y=np.arange(4)), "has arrays "
     half = {"x_train": pixels[:, 0], "x_test": pixels[:, 0], "y_test": np.arange(4)}
     yield "half.npz", saved(np.savez, **half), "some of its images"
     array = saved(np.save, pixels)
@@ -304,7 +304,7 @@ def bad_sources():
     yield "broken.zip", files | {"9.png": b"no"}, "9.png: cannot identify"
     yield "other", files | {"9.png": png(pixels[0, :, :5, :5])}, "9.png is 1x5x5, the first is 1x6x6: images"
     deep = saved(Image.fromarray(pixels[0, 0] * 1.0).save, format="TIFF")
-    yield "deep", files | {"9.tif": deep}, "9.tif: has more than"
+    yield "deep", files | {"9.tif": deep}, "9.tif: has real numbers of 32 bits"
     yield "moving", files | {"9.png": moving}, "9.png: is animated, 2 frames"
     yield "untidy", files | {"cats/0.png": files["0.png"]}, "0.png lies beside the folders"
     yield "train", classes | {"train/0.png": files["0.png"]}, "has a folder train: if it is a split"

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 from fid import frechet_distance, load_inception, resize
 from helpers import Job, call, second_inception
 from plumbing.command import UserError
@@ -134,3 +135,26 @@ def test_bad_input_is_one_line_that_names_it(folder):
         result = call("fid.py", "compare", "folder", *words.split())
         line, name = result.stderr.splitlines()[-1], words.replace("=", " ").split()[-1]
         assert result.returncode == 2 and line.startswith("fid.py: ") and name in line, (words, result.stderr)
+
+
+def test_statistics_of_other_features_are_not_compared(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    (folder / "means.py").write_text(MODULE)
+    for name in ("one", "two"):
+        torch.save({"scale": torch.rand(3)}, f"{name}.pt")
+        assert call("fid.py", "stats", "folder", f"--features=means:{name}.pt", f"--out={name}.npz").returncode == 0
+    result = call("fid.py", "compare", "one.npz", "two.npz", "--features=means:one.pt")
+    assert result.returncode == 2 and "one.npz has features means:" in result.stderr, result.stderr
+    assert call("fid.py", "compare", "one.npz", "folder", "--features=means:one.pt").stdout == "0\n"
+
+
+def test_a_raw_source_and_the_set_made_of_it_are_the_same_images(folder, monkeypatch):
+    images = PIXELS.repeat(2, 1).repeat(2, 2)
+    np.savez("parts.npz", x_train=images[:30], x_test=255 - images[30:], y_train=np.arange(30), y_test=np.arange(10))
+    monkeypatch.setattr(data, "DATASETS", folder / "sets")
+    assert call("data.py", "parts.npz", "--name=prepared").returncode == 0
+    np.savez("gen.npz", arr_0=images[:30])
+    for other in ("prepared", "parts.npz"):
+        result = call("fid.py", "compare", "gen.npz", other, "--features=pixels")
+        assert result.stdout == "0\n" and f"{other}: 30 images" in result.stderr
+    assert "those to train on, of 40" in result.stderr

@@ -14,6 +14,7 @@ from plumbing.command import UserError
 from plumbing.files import load_file, save_file
 from plumbing.snapshots import load_snapshots, save_snapshot
 from sample import check_guidance, deal_labels, find_label, guided, heun_sampler, load_denoiser, newest_run, sample
+from train import TrainConfig
 
 
 def test_heun_solves_the_ode_of_gaussian_data_to_second_order():
@@ -205,3 +206,32 @@ def test_levels_outside_the_formulas_domain_are_refused():
     exact = heun_sampler(MAIN, noise, steps=4)
     torch.testing.assert_close(heun_sampler(MAIN, noise.double(), steps=4), exact.double(), rtol=1e-3, atol=1e-3)
     assert heun_sampler(MAIN, noise.half(), steps=4).dtype == torch.float32
+
+
+def test_many_small_jobs_draw_what_a_large_one_does(tmp_path):
+    run = save_run(tmp_path / "run", MAIN).parent.parent
+    for name, words in (("all", "--count=7 --seed=3"), ("a", "--count=4 --seed=3"), ("b", "--count=3 --seed=7")):
+        assert call("sample.py", run, "--steps=2", *words.split(), f"--out={tmp_path / name}.npz").returncode == 0
+    whole, *parts = ({name: array for name, array in np.load(tmp_path / f"{name}.npz").items()} for name in ("all", "a", "b"))
+    for name in ("labels", "arr_0"):
+        np.testing.assert_allclose(np.concatenate([part[name] for part in parts]).astype(int), whole[name].astype(int),
+                                   atol=name == "arr_0")
+    assert whole["classes"].tolist() == FACTS["classes"]  # what the labels mean
+
+
+def test_the_home_directory_may_be_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_run(tmp_path / "run", MAIN)
+    assert call("sample.py", "~/run", "--steps=2", "--columns=1", "--out=~/new/a.png").returncode == 0
+    assert (tmp_path / "new" / "a.png").is_file()
+    assert TrainConfig(out="~/run", dataset="~/set").out == str(tmp_path / "run")
+
+
+def test_latents_without_a_decoder_are_refused_before_they_are_drawn(tmp_path):
+    latents = Denoiser(replace(MAIN.net.config, channels=16))
+    facts = FACTS | {"latent": True, "mean": [0.0] * 16, "std": [1.0] * 16}
+    info = {"variant": "", "model": vars(latents.net.config), "data": facts}
+    save_snapshot(tmp_path / "ema", latents, 5, 0.1, info)
+    result = call("sample.py", tmp_path, "--columns=1", f"--out={tmp_path / 'a.png'}")
+    assert result.returncode == 2 and "16 channels, and the decoder here, sd-vae-ft-mse, is for 4" in result.stderr
+    assert call("sample.py", tmp_path, "--columns=1", "--steps=2", f"--out={tmp_path / 'a.npz'}").returncode == 0

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import batch_indices, load_dataset
-from plumbing.command import Parser, UserError, between, track, run_main
+from plumbing.command import Parser, UserError, between, path_type, track, run_main
 from plumbing.files import atomic_file
 from plumbing.processes import choose_device
 
@@ -47,7 +47,7 @@ def main():
     parser.add_argument("dataset", help="name or directory of a set with classes that data.py prepared")
     parser.add_argument("--epochs", type=between(int, 1, 1000), default=5, help="passes over the images (default: 5)")
     parser.add_argument("--seed", type=between(int, 0, 2**31), default=0, help="of the initial weights and the order")
-    parser.add_argument("--out", type=Path, default=Path("out/features.pt"), help="default: out/features.pt")
+    parser.add_argument("--out", type=path_type, default=Path("out/features.pt"), help="default: out/features.pt")
     args = parser.parse_args()
     dataset, device = load_dataset(args.dataset), choose_device()
     classes, side = len(dataset.facts["classes"]), dataset.shape[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.command import Parser, UserError, reading, run_main
+from plumbing.command import Parser, UserError, path_type, reading, run_main
 from plumbing.files import atomic_file
 
 COLOURS = ("#3b82c4", "#d9622b", "#2f9e5b", "#9b59b6", "#b8860b", "#7f7f7f")
@@ -134,12 +134,12 @@ def last_values(runs, key, against, by):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("runs", nargs="+", type=path_type, help="run directories")
     parser.add_argument("--key", type=lambda text: text.split(","), default="loss",
                         help="columns of log.jsonl to draw, with commas between them (default: loss)")
     parser.add_argument("--against", metavar="KEY", help="draw the column's last values against this key")
     parser.add_argument("--by", metavar="KEY", help="one curve for each value of this key, the mean over its runs")
-    parser.add_argument("--out", type=Path, default=Path("out/plot.svg"),
+    parser.add_argument("--out", type=path_type, default=Path("out/plot.svg"),
                         help="the SVG to write (default: out/plot.svg)")
     args = parser.parse_args()
     if args.out.suffix != ".svg":

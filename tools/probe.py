@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from data import epoch_order, load_dataset, to_network
-from plumbing.command import Parser, UserError, between, run_main
+from plumbing.command import Parser, UserError, between, path_type, run_main
 from plumbing.config import dataset_of
 from plumbing.processes import choose_device
 from sample import load_denoiser, newest_run
@@ -56,7 +56,7 @@ def probe(features, labels, held_out, classes):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("run", nargs="?", type=Path, help="run directory (default: the newest under out/)")
+    parser.add_argument("run", nargs="?", type=path_type, help="run directory (default: the newest under out/)")
     parser.add_argument("--ema", type=between(float, 0.001, 0.288), metavar="STD",
                         help="EMA width (default: the widest in training)")
     parser.add_argument("--sigma", type=between(float, 1e-6, 1e6), nargs="+", default=[0.05, 0.1, 0.2, 0.5, 1.0],

@@ -36,7 +36,7 @@ import torch.nn as nn
 from data import batch_indices, load_dataset
 from layers import MPLinear
 from model import DiT, DiTConfig, edm2_loss
-from plumbing.command import Parser, UserError, between, run_main
+from plumbing.command import Parser, UserError, between, path_type, run_main
 from plumbing.keys import key
 from tools.plots import save_plot
 from train import TrainConfig, build, draw_step, optimizer_step, prepare_batch
@@ -141,7 +141,7 @@ def main():
                         help="optimizer steps before looking (default: 20)")
     parser.add_argument("--seeds", type=between(int, 1, 10**6), default=8,
                         help="runs to average over; a slope from a single one may be off by 0.2 (default: 8)")
-    parser.add_argument("--out", type=Path, default=Path("out/mup.svg"),
+    parser.add_argument("--out", type=path_type, default=Path("out/mup.svg"),
                         help="where the plot goes (default: out/mup.svg)")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -29,7 +29,7 @@ import torch.nn as nn
 
 from layers import MPLinear, mp_cat, normalize
 from model import DiT, DiTConfig, init_linears
-from plumbing.command import Parser, between, reading, run_main
+from plumbing.command import Parser, between, path_type, reading, run_main
 from plumbing.keys import key
 
 SCALINGS = ("none", "sqrt", "constant", "learned")
@@ -138,7 +138,7 @@ class LongSkipDiT(DiT):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories; train them with a small log_every")
+    parser.add_argument("runs", nargs="+", type=path_type, help="run directories; train them with a small log_every")
     parser.add_argument("--after", type=between(int, 0, 10**9), default=50,
                         help="leave out the steps up to this one (default: 50)")
     args = parser.parse_args()

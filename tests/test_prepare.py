@@ -1,0 +1,173 @@
+"""Files and folders as people have them: one example of each kind of oddity, beside those of test_data.py."""
+
+import io
+import unicodedata
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+import data
+from data import load_dataset
+from helpers import call
+from prepare.labels import split_of
+
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DATASETS", tmp_path / "datasets")
+    data.DATASETS.mkdir()
+
+
+def picture(path, values=256, size=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RANDOM.integers(0, values, (size, size), dtype=np.uint8)).save(path)
+
+
+def prepared(path, *words):
+    """The set made of a source, and what was printed."""
+    result = call("data.py", path, "--name=made", "--overwrite", *words)
+    assert result.returncode == 0, result.stderr
+    return load_dataset(data.DATASETS / "made"), result.stdout
+
+
+def refused(path, *words):
+    result = call("data.py", path, "--name=made", "--overwrite", *words)
+    assert result.returncode == 2, result.stdout
+    return result.stderr.splitlines()[-1]
+
+
+def test_folders_that_together_look_like_splits_are_splits(tmp_path):
+    for name, split in (("train2017", (False, ())), ("TrainImages", (False, ("images",))), ("my-eval", (True, ("my",))),
+                        ("cats", None), ("trainers", None), ("train_test", None)):
+        assert split_of(name) == split, name
+    for split in ("Training Images", "Validation Images"):
+        for name in ("ant", "bee"):
+            for i in range(4):
+                picture(tmp_path / "set" / split / name / f"{i}.png")
+    dataset, said = prepared(tmp_path / "set")
+    assert dataset.facts["classes"] == ["ant", "bee"] and len(dataset) == len(dataset.holdout) == 8
+    assert "Training Images, Validation Images are splits" in said
+    picture(tmp_path / "set" / "Validation Images" / "cow" / "0.png")
+    picture(tmp_path / "set" / "Validation Images" / "Ant" / "0.png")
+    dataset, said = prepared(tmp_path / "set")
+    assert len(dataset.holdout) == 8 and "2 images held out in folders that are no class of train: Ant, cow" in said
+    assert "classes that differ in case only: Ant and ant" in said
+    for name in ("test tubes", "flasks"):  # a word of splits alone makes none
+        picture(tmp_path / "lab" / name / "0.png"), picture(tmp_path / "lab" / name / "1.png")
+    assert prepared(tmp_path / "lab")[0].facts["classes"] == ["flasks", "test tubes"]
+    picture(tmp_path / "set" / "more" / "0.png")
+    assert "look like splits beside others, more" in refused(tmp_path / "set")
+
+
+def test_what_systems_leave_is_counted_and_masks_are_told(tmp_path):
+    for i in range(4):
+        picture(tmp_path / "set" / "ant" / f"{i}.png"), picture(tmp_path / "set" / "bee" / f"{i}.png")
+        picture(tmp_path / "set" / "ant" / "#snapshot" / f"{i}.png")
+        picture(tmp_path / "set" / "bee" / f"{i}.png.previews" / "large.jpg")
+        picture(tmp_path / "set" / "bee" / f"{i}.JPG" / "small.png")
+        picture(tmp_path / "set" / "labelled" / f"{i}.png", values=5)
+    dataset, said = prepared(tmp_path / "set", "--holdout=0")
+    assert dataset.facts["counts"] == [4, 8, 4] and "left out: 8 hidden or of a system" in said
+    assert "all images of labelled have at most 32 colours, as masks do" in said
+
+
+def test_colours_and_depths_are_converted_or_counted(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = bytearray(srgb)  # red and green change places
+    tags = {srgb[at:at + 4]: at + 4 for at in range(132, 132 + 12 * int.from_bytes(srgb[128:132], "big"), 12)}
+    red, green = (slice(tags[name], tags[name] + 8) for name in (b"rXYZ", b"gXYZ"))
+    other[red], other[green] = srgb[green], srgb[red]
+    (tmp_path / "set").mkdir()
+    colours = Image.fromarray(np.full((4, 4, 3), (200, 50, 10), np.uint8))
+    clear = colours.convert("RGBA")
+    clear.putalpha(128)
+    clear.save(tmp_path / "set" / "a.png", icc_profile=bytes(other))
+    colours.save(tmp_path / "set" / "b.png", icc_profile=srgb)
+    colours.save(tmp_path / "set" / "c.png", icc_profile=b"no profile")
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "set" / "d.tif")
+    dataset, said = prepared(tmp_path / "set", "--holdout=0")
+    pixels = dataset.images[:, :, 0, 0].tolist()
+    assert np.allclose(pixels[0], (50 / 2 + 127, 200 / 2 + 127, 10 / 2 + 127), atol=3)
+    assert pixels[1:] == [[200, 50, 10], [200, 50, 10], [156, 156, 156]]
+    for line in ("with a colour profile, converted to sRGB: 1", "that does not fit them, taken as sRGB: 1",
+                 "with transparency, put on white: 1", "of 16 bits a channel, rounded to 8: 1"):
+        assert f"images {line}\n" in said or line in said, (line, said)
+
+
+def test_names_are_compared_as_people_see_them(tmp_path):
+    for form in ("NFC", "NFD"):
+        for i in range(3):
+            picture(tmp_path / "set" / unicodedata.normalize(form, "å") / f"{form}{i}.png")
+            picture(tmp_path / "set" / "b" / f"{form}{i}.png")
+    dataset, _ = prepared(tmp_path / "set", "--holdout=0")
+    assert dataset.facts["classes"] == ["b", unicodedata.normalize("NFC", "å")] and dataset.facts["counts"] == [6, 6]
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:  # UTF-8 without the flag, as some programs write it
+        for i, name in enumerate(["ж/0.png", "ж/1.png", "я/0.png", "я/1.png"]):
+            buffer = io.BytesIO()
+            Image.fromarray(RANDOM.integers(0, 256, (4, 4), dtype=np.uint8)).save(buffer, "PNG")
+            archive.writestr(name, buffer.getvalue())
+    raw = bytearray(content.getvalue())
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := raw.find(signature, at + 1)) >= 0:
+            raw[at + place + 1] &= ~0x08
+    (tmp_path / "russian.zip").write_bytes(raw)
+    assert prepared(tmp_path / "russian.zip", "--holdout=0")[0].facts["classes"] == ["ж", "я"]
+
+
+def test_each_cause_has_a_line_and_nothing_is_refused_in_vain(tmp_path):
+    for name, count in (("one", 1), ("two", 2), ("many", 40)):
+        for i in range(count):
+            picture(tmp_path / "set" / name / f"{i}.png")
+    dataset, _ = prepared(tmp_path / "set", "--holdout=0.9")
+    assert min(dataset.facts["counts"]) == 1 and len(dataset) < 15
+    (tmp_path / "set" / "one" / "0.png").write_bytes(b"no")
+    said = refused(tmp_path / "set", "--skip-broken")
+    assert "no image of 'one' is left to train on: all of them are held out by the source, or cannot be read" in said
+    latents = np.ones((6, 4, 4, 4), np.float32)
+    latents[:, [0, 2]] = RANDOM.normal(size=(6, 2, 4, 4))
+    (tmp_path / "latents").mkdir()
+    for i, latent in enumerate(abs(latents)):
+        latent[2:] *= i > 9
+        np.save(tmp_path / "latents" / f"{i}.npy", latent)
+    assert "channel 1 is the same in all latents" in refused(tmp_path / "latents")
+
+
+@pytest.mark.parametrize("table, words", [
+    ("id,breed\n0,ant\n1,bee\n2,ant\n3,bee\n", ""),  # Kaggle's, without suffixes
+    ("label;file\nant;0.png\nbee;1.png\nant;2.png\nbee;3.png\n", ""),
+    ("0.png ant\n1.png bee\n2.png ant\n3.png bee\n", ""),  # no header
+    ("4\nant Male\n0.png  1 -1\n1.png -1 -1\n2.png  1  1\n3.png -1  1\n", ":ant"),  # CelebA's
+    ('path,split,label,note\n"in/0.png",a,ant,"x, y"\nin/1.png,a,bee,\nin/2.png,b,ant,\nin/3.png,b,bee,\n', ":label")])
+def test_labels_come_from_a_table(tmp_path, table, words):
+    for i in range(4):
+        picture(tmp_path / "set" / "in" / f"{i}.png")
+    picture(tmp_path / "set" / ".hidden" / "9.png")
+    (tmp_path / "t.csv").write_text(table)
+    dataset, _ = prepared(tmp_path / "set", f"--labels={tmp_path / 't.csv'}{words}", "--holdout=0")
+    classes = ["-1", "1"] if "Male" in table else ["ant", "bee"]
+    assert dataset.facts["classes"] == classes
+    assert dataset.labels.tolist() == ([1, 0, 1, 0] if "Male" in table else [0, 1, 0, 1])
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path):
+    for i in range(4):
+        picture(tmp_path / "set" / f"{i}.png")
+    (tmp_path / "set" / "labels.csv").write_text("file,a,b\n0.png,1,2\n")
+    assert "no labels were found; if labels.csv holds some" in prepared(tmp_path / "set")[1]
+    for text, said in (("file,a,b\n0.png,1,2\n", "has 2 columns beside the files': choose one with --labels=FILE:COLUMN, a"),
+                       ("file,a\n0.png,1\n", "has no label for 1.png"), ("x,y\n", "names none of the images"),
+                       ("file,a\n0.png,1\n0.png,2\n1.png,1\n2.png,1\n3.png,1\n", "two labels for one image"),
+                       ("file,a\n0.png,1\n1.png\n", "row 3 has 1 columns, the first has 2")):
+        (tmp_path / "t.csv").write_text(text)
+        assert said in refused(tmp_path / "set", f"--labels={tmp_path / 't.csv'}"), text
+    assert "there is no such file" in refused(tmp_path / "set", "--labels=nowhere.csv")
+    many = tmp_path / "many.npz"
+    np.savez(many, images=RANDOM.integers(0, 256, (6, 4, 4), dtype=np.uint8), labels=RANDOM.integers(0, 2, (6, 3)))
+    assert "--labels=none takes the images without labels" in refused(many)
+    assert prepared(many, "--labels=none", "--holdout=0")[0].facts["classes"] == []
