@@ -37,8 +37,8 @@ import torch
 
 def std_to_gamma(std):
     """The exponent gamma of the profile t^gamma of relative width std [EDM2, Algorithm 2].
-    Raises ValueError unless 0.001 <= std < 0.289."""
-    if not 0.001 <= std < 12**-0.5:
+    Raises ValueError unless 0.001 <= std <= 0.288."""
+    if not 0.001 <= std <= 0.288:
         raise ValueError(f"an EMA width must lie between 0.001 and 0.288, not {std}: "
                          "a plain average of all steps has 0.289")
     s = std**-2.0
@@ -84,16 +84,30 @@ def unwrap(module):
 
 
 def check_can_be_averaged(module):
-    """Raises ValueError for a module whose copy would not be an average of its own."""
-    for name, part in module.named_modules():
-        if "forward" in vars(part):
-            raise ValueError(f"the forward of {name or 'the module'} was replaced, and that of a "
-                             "copy would use the original's weights: replace it after PowerEMA")
+    """Raises ValueError for parameters that cannot be averaged: sharded ones, or without shapes."""
     for name, p in module.named_parameters():
         if hasattr(p, "device_mesh"):
             raise ValueError(f"{name} is sharded over processes, which PowerEMA does not support")
         if torch.nn.parameter.is_lazy(p):
             raise ValueError(f"{name} has no shape yet: call the module once before PowerEMA")
+
+
+def copy_of(module):
+    """A copy of a module in eval mode, without gradients, floating-point parameters in float32 or
+    better, since bfloat16 would lose small updates. Raises ValueError if it would not be whole."""
+    for name, part in module.named_modules():
+        if "forward" in vars(part):
+            raise ValueError(f"the forward of {name or 'the module'} was replaced, and that of a "
+                             "copy would use the original's weights: replace it after PowerEMA")
+    try:
+        average = copy.deepcopy(module).eval().requires_grad_(False)
+    except (RuntimeError, TypeError) as error:
+        name = type(module).__name__
+        raise ValueError(f"this {name} cannot be copied: {error}") from error
+    for p in average.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+    return average
 
 
 def pairs_by_name(average, module):
@@ -103,7 +117,7 @@ def pairs_by_name(average, module):
     shapes, expected = ({name: tensor.shape for name, tensor in tensors.items()}
                         for tensors in (theirs, ours))
     if shapes != expected:
-        odd = sorted(name for name, _ in shapes.items() ^ expected.items())
+        odd = sorted({name for name, _ in shapes.items() ^ expected.items()})
         raise ValueError(f"not the module that PowerEMA was made of: {', '.join(odd)[:200]}")
     return [(ours[name], theirs[name]) for name in ours]
 
@@ -118,7 +132,8 @@ class PowerEMA:
     use such an average, renew them with torch.optim.swa_utils.update_bn(batches, average).
 
     id: tells the snapshots of this training from those of others (default: random). Raises
-    ValueError for a module of which it cannot be sure to make averages."""
+    ValueError for sharded or shapeless parameters, for a module that cannot be copied, and for one
+    whose forward was replaced. Hooks and functions that hold on to the module it cannot see."""
 
     def __init__(self, module, stds=(0.05, 0.10), id=None):
         module = unwrap(module)
@@ -126,18 +141,14 @@ class PowerEMA:
         self.step = 0
         self.id = id or uuid.uuid4().hex
         self.gammas = {float(std): std_to_gamma(std) for std in stds}
-        self.averages = {}
-        for std in self.gammas:
-            try:
-                average = copy.deepcopy(module).eval().requires_grad_(False)
-            except (RuntimeError, TypeError) as error:
-                name = type(module).__name__
-                raise ValueError(f"this {name} cannot be copied: {error}") from error
-            for p in average.parameters():
-                if p.is_floating_point():  # bfloat16 would lose such small updates
-                    p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
-            average.training_id, average.frozen = self.id, []
-            self.averages[std] = average
+        self.averages = {std: copy_of(module) for std in self.gammas}
+        self.mark([name for name, p in module.named_parameters() if not p.requires_grad])
+
+    def mark(self, frozen):
+        """Note at each average what a snapshot of it needs: its training, and which parameters are
+        not averaged, by name. Why in __dict__: a module may have attributes of any usual name."""
+        for average in self.averages.values():
+            vars(average)["_power_ema"] = {"training": self.id, "frozen": frozen}
 
     @torch.no_grad()
     def update(self, module, step):
@@ -150,17 +161,18 @@ class PowerEMA:
                              f"the next must be later, not {step}")
         module = unwrap(module)
         check_can_be_averaged(module)
+        self.mark([name for name, p in module.named_parameters() if not p.requires_grad])
         for std, average in self.averages.items():
             beta = (self.step / step) ** (self.gammas[std] + 1)
-            averaged, latest, frozen = [], [], []
+            averaged, latest = [], []
             for ours, theirs in pairs_by_name(average, module):
                 if theirs.requires_grad:
                     averaged.append(ours)
                     latest.append(theirs.to(ours.dtype))
                 else:
-                    frozen.append(ours.copy_(theirs))
-            torch._foreach_lerp_(averaged, latest, 1 - beta)  # one kernel for all parameters
-            average.frozen = frozen  # a snapshot keeps these as they are
+                    ours.copy_(theirs)
+            if averaged:
+                torch._foreach_lerp_(averaged, latest, 1 - beta)  # one kernel for all parameters
         self.step = step
 
     def state_dict(self):
@@ -171,7 +183,12 @@ class PowerEMA:
         self.step, self.id = state["step"], state["id"]
         for std, average in self.averages.items():
             average.load_state_dict(state["averages"][std])
-            average.training_id = self.id
+            vars(average)["_power_ema"]["training"] = self.id
+
+
+def shapes_of(weights):
+    """{name: shape} of the tensors of a state_dict, which may also hold a module's extra state."""
+    return {name: w.shape for name, w in weights.items() if torch.is_tensor(w)}
 
 
 @torch.no_grad()
@@ -187,9 +204,9 @@ def reconstruct(snapshots, stds):
     if not snapshots:
         raise ValueError("there are no snapshots to mix")
     last = snapshots[-1]
-    shapes = {name: tensor.shape for name, tensor in last["weights"].items()}
+    shapes = shapes_of(last["weights"])
     for snapshot in snapshots:
-        theirs = {name: tensor.shape for name, tensor in snapshot["weights"].items()}
+        theirs = shapes_of(snapshot["weights"])
         for what, same in (("model", theirs == shapes and snapshot.get("info") == last.get("info")),
                            ("training", snapshot.get("training") == last.get("training"))):
             if not same:

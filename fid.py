@@ -18,7 +18,7 @@ Under torchrun processes share the work.
 Source: [FID] Heusel et al. 2017, arXiv 1706.08500. Read sample.py before.
 """
 
-import importlib.util
+import importlib
 import os
 from collections import Counter, namedtuple
 from functools import partial
@@ -183,6 +183,16 @@ def inception(images, weights):
     return x.mean(dim=(2, 3))  # (B, 2048)
 
 
+def load_weights(path, device):
+    """The state dict in a file. Raises UserError."""
+    with reading(path, (ValueError, OSError)):
+        existing_file(path)
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch's own text would advise to load it in an unsafe way
+            raise ValueError("is damaged, or no file of weights") from error
+
+
 def fold_normalization(state):
     """Kernel and bias of each convolution of the weights file, by name, with its batch
     normalization folded in. Why: one pass over the pixels is faster than two. The kernels' memory
@@ -206,8 +216,8 @@ def load_inception(path=None, device="cpu"):
     if path is None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
         download(URL, path, "6726825d")
+    state = load_weights(path, device)
     with reading(path):
-        state = torch.load(existing_file(path), map_location=device, weights_only=True)
         state = {name: value.float() for name, value in state.items()
                  if not name.endswith(".num_batches_tracked")}
         layout = sorted((name, tuple(value.shape)) for name, value in state.items())
@@ -221,18 +231,19 @@ def load_module_features(text, device):
     with the state dict in the file. Raises UserError. Why no file that brings its code along:
     TorchScript is deprecated, and reading torch.export's files can run any code (torch 2.13)."""
     name, _, path = text.partition(":")
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # also where a package on the way is missing
-        found = None
-    if not found or not path:
+    if not name or not path:
         raise UserError(f"--features={text}: must be inception, pixels or MODULE:FILE")
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # it misses something itself
+            raise
+        raise UserError(f"--features={text}: there is no module {name} on Python's path") from error
     if not hasattr(module, "Features"):
         raise UserError(f"--features={text}: {name} has no class Features")
     network = module.Features()
+    state = load_weights(path, "cpu")
     with reading(path):
-        state = torch.load(existing_file(path), map_location="cpu", weights_only=True)
         state = {name: value.float() if value.is_floating_point() else value
                  for name, value in state.items()}
     with reading(path, RuntimeError):  # which says what does not fit
@@ -253,7 +264,8 @@ def load_features(name, weights, device):
         full_name = f"{module}:{sha256(Path(path).read_bytes()).hexdigest()[:16]}"
 
     def features(images):
-        values = network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
+        with reading(f"--features={name}", ValueError):
+            values = network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
         if values.ndim != 2 or len(values) != len(images) or not values.isfinite().all():
             raise UserError(f"--features={name}: must map {len(images)} images to finite features "
                             f"(N, D), not {tuple(values.shape)}")

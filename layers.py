@@ -28,7 +28,7 @@ def normalize(x):
     Vectors of RMS below 1e-4 are only enlarged 10,000 times, so zeros stay zeros."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rms = norm / math.sqrt(x.shape[-1])
-    return x * (1 / rms.clamp(min=1e-4)).to(x.dtype)
+    return (x * (1 / rms.clamp(min=1e-4))).to(x.dtype)
 
 
 def mp_silu(x):

@@ -150,23 +150,32 @@ def find_snapshot(path, std):
     return reconstruct(load_snapshots(folder), [std])[0]
 
 
-def read_info(snapshot, path):
-    """The configuration and the facts of the dataset out of a snapshot. Raises ValueError."""
-    info, weights = snapshot.get("info", {}), snapshot.get("weights", [])
-    if (not {"variant", "model", "data"} <= info.keys() or not isinstance(weights, dict)
-            or not all(map(torch.is_tensor, weights.values()))):
-        raise ValueError("is not the snapshot of a denoiser")
-    Class, facts = config_class(info["variant"], DiTConfig, path), info["data"]
+INFO = {"variant": str, "model": dict, "data": dict}  # what a snapshot of a denoiser tells
+FACTS = {"latent": bool, "mean": list, "std": list, "classes": list, "counts": list}
+
+
+def read_info(snapshot):
+    """What a snapshot tells of its network and data. Raises ValueError unless all is there."""
+    info = snapshot.get("info")
+    for known, kinds in ((snapshot, {"info": dict, "weights": dict}), (info, INFO)):
+        if any(not isinstance(known.get(name), kind) for name, kind in kinds.items()):
+            raise ValueError("is not the snapshot of a denoiser")
+    facts = info["data"]
+    odd = [name for name, kind in FACTS.items() if not isinstance(facts.get(name), kind)]
+    if odd or not np.isfinite(np.array(facts["mean"] + facts["std"], float)).all():
+        raise ValueError(f"lacks facts about the data, or they are not finite: {', '.join(odd)}")
+    return info
+
+
+def read_config(Class, info):
+    """The configuration of a snapshot's network and the facts of its dataset. Raises ValueError."""
     if unknown := info["model"].keys() - {f.name for f in fields(Class)}:
         raise ValueError(f"has keys that this code does not know: {', '.join(sorted(unknown))}")
-    if missing := {"latent", "mean", "std", "classes", "counts"} - facts.keys():
-        raise ValueError(f"lacks facts about the data: {', '.join(sorted(missing))}")
-    config = Class(**info["model"])
+    config, facts = Class(**info["model"]), info["data"]
     if not config.num_classes:  # an unconditional run, perhaps on labelled images
         facts = facts | {"classes": [], "counts": [sum(facts["counts"])]}
-    finite = np.isfinite(facts["mean"] + facts["std"]).all()
-    if len(facts["classes"]) != config.num_classes or not finite:
-        raise ValueError("its facts about the data do not fit the network, or are not finite")
+    if len(facts["classes"]) != config.num_classes or not (config.channels and config.image_size):
+        raise ValueError("its facts about the data do not fit the network")
     return config, facts
 
 
@@ -176,7 +185,10 @@ def load_denoiser(path, device, std=None):
     path = Path(path)
     with reading(path, ValueError):
         snapshot = find_snapshot(path, std)
-        config, facts = read_info(snapshot, path)
+        info = read_info(snapshot)
+    Class = config_class(info["variant"], DiTConfig, path)  # outside: its bugs are no damaged file
+    with reading(path, ValueError):
+        config, facts = read_config(Class, info)
     denoiser = Denoiser(config)
     with reading(path, RuntimeError):  # which says what does not fit
         denoiser.load_state_dict(snapshot["weights"])

@@ -15,6 +15,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from plumbing.keys import Configuration, key
 from plumbing.processes import (PRECISIONS, choose_device, join_processes, leave_processes,
                                 provenance, rank, sum_over_processes, together, use_bfloat16,
                                 use_compile, world_size)
-from plumbing.run import Run
+from plumbing.run import Run, lock_run
 from plumbing.snapshots import save_snapshot
 from sample import sample
 
@@ -189,7 +190,8 @@ def accumulate_gradients(config, facts, model, denoiser, teacher, batches, draws
             model.require_backward_grad_sync = rows is parts[-1]  # average over processes only once
         number = 2**31 + (step * config.batch + rows.start) // (rows.stop - rows.start)
         generator = make_generator(config, number, images.device)  # draw_step() has those below
-        torch.manual_seed(generator.initial_seed())  # which dropout draws from
+        other = make_generator(config, number + 2**30, "cpu")
+        torch.manual_seed(other.initial_seed())  # which dropout draws from
 
         u = denoiser.uncertainty(sigma)
         loss = edm2_loss(model, u, images, labels, sigma, noise)
@@ -223,7 +225,8 @@ def build(config, device, bfloat16=False):
         scale = lr_scale.get(p, 1.0)
         groups.setdefault(scale, {"lr_scale": scale, "params": []})["params"].append(p)
     optimizer = torch.optim.Adam(list(groups.values()), betas=(0.9, 0.99), fused=True)
-    ema = PowerEMA(denoiser, config.ema_stds, id=experiment_id(config))
+    id = experiment_id(config, "learning_rate", "warmup_steps", "decay_steps")
+    ema = PowerEMA(denoiser, config.ema_stds, id=id)
     return denoiser, ema, optimizer
 
 
@@ -233,9 +236,7 @@ def train(config, dataset, denoiser, ema, optimizer, run):
     then what is due. Why in this order: averages and files see only weights of RMS 1, and a state
     holds whole steps and nothing else."""
     device = next(denoiser.parameters()).device
-    model = denoiser
-    if world_size() > 1:
-        model = DistributedDataParallel(denoiser, broadcast_buffers=False)  # which are constants
+    model = DistributedDataParallel(denoiser) if world_size() > 1 else denoiser
     average = ema.averages[min(config.ema_stds)]  # the narrowest lags least behind the training
     batches = feed_micro_batches(config, dataset, run.step, device)
 
@@ -385,20 +386,22 @@ def main():
             config.model = config.model.for_data(side, channels, len(dataset.facts["classes"]))
         if config.threads:
             torch.set_num_threads(config.threads)
+        lock = lock_run(Path(config.out)) if rank() == 0 else None
         bfloat16 = use_bfloat16(config.precision, device)
         compiles = use_compile(config.compile, device)
         denoiser, ema, optimizer = build(config, device, bfloat16)
         if compiles:
             denoiser.net.compile()
     parts = {"weights": denoiser, "ema": ema, "optimizer": optimizer}
-    run = Run(config, dataset.facts, describe, parts, compiles, **provenance(device),
+    run = Run(config, dataset.facts, describe, lock, parts, compiles, **provenance(device),
               precision="bfloat16" if bfloat16 else "float32")
     parameters = sum(p.numel() for p in denoiser.parameters())
     print(f"{parameters:,} parameters, {len(dataset):,} images, {device.type} x {world_size()}, "
           f"steps {run.step} to {config.steps}"
           f"{'' if dataset.holdout else '; no val_loss, since no image is held out'}", flush=True)
     train(config, dataset, denoiser, ema, optimizer, run)
-    print(config.out)
+    if run.step == config.steps:
+        print(config.out)
     leave_processes(run.exit_code())
 
 

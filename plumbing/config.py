@@ -52,9 +52,10 @@ def with_newer_keys(saved, config):
     return flatten(type(config)(model=type(config.model)(**model))) | saved
 
 
-def experiment_id(config):
-    """A text that is the same for all runs with the same values of the keys that say what the experiment is."""
-    resumable = resumable_keys(config)
+def experiment_id(config, *more):
+    """A text that is the same for all runs with the same values of the keys that say what the experiment is: those that
+    must not change when it resumes, and `more`."""
+    resumable = resumable_keys(config) - set(more)
     keys = {name: value for name, value in flatten(config).items() if name not in resumable}
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 

@@ -1,7 +1,8 @@
 """The directory of one training: its lock, its log, the state it resumes from, what is due when, and signals. Nothing
 here is about diffusion: what a state consists of is passed in.
 
-    run = Run(config, facts, describe, {"weights": model, "optimizer": optimizer})  # locked, and as it was last saved
+    lock = lock_run(out)  # first: whatever is large comes after it
+    run = Run(config, facts, describe, lock, {"weights": model, "optimizer": optimizer})  # as it was last saved
     for step in run.steps():  # those that are left
         ...
         due = run.finish_step(loss)  # a subset of DUE
@@ -18,8 +19,6 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
-
-import torch
 
 from plumbing.command import UserError, differences, reading, status, warn
 from plumbing.config import flatten, resumable_keys, with_newer_keys
@@ -67,7 +66,8 @@ def check_same_experiment(path, state, config, facts, describe):
     if not {"config", "data", "step", "losses"} <= state.keys():
         raise UserError(f"{path}: is not the state of a training")
     if state["config"]["variant"] == config.variant:
-        state["config"] = with_newer_keys(state["config"], config)
+        with reading(path, ValueError):  # for a value that this code does not allow any more
+            state["config"] = with_newer_keys(state["config"], config)
     changed = differences(state["config"], flatten(config), resumable_keys(config))
     hashes = state["data"]["hashes"]
     other = [name for name, sha in facts["hashes"].items() if hashes[name] != sha]
@@ -83,20 +83,20 @@ class Run:
     """One training and its directory.
 
     step: how many steps are done. mean_loss: over the steps since the line of the log before, whenever "log" is due.
-    facts: of the data, with their hashes; describe(facts): the same in one line. parts: what a state holds, by name,
+    facts: of the data, with their hashes; describe(facts): the same in one line. lock: from lock_run(). parts: what a state holds, by name,
     each with state_dict() and load_state_dict(). compiles: whether the first step also compiles the network, so that
     its time tells nothing. provenance: what the first line of a new log says. Raises UserError, on all processes, if
     the directory is in use or belongs to a different experiment, or if the processes do not agree."""
 
-    def __init__(self, config, facts, describe, parts, compiles=False, **provenance):
+    def __init__(self, config, facts, describe, lock, parts, compiles=False, **provenance):
         self.config, self.facts, self.parts, self.out = config, facts, parts, Path(config.out)
         self.provenance = provenance
         self.step, self.saved = 0, {"config": flatten(config), "sha256": ""}
         self.losses = {"sum": 0.0, "finite": 0.0, "not finite": 0.0}  # since the last line of the log
         self.signals, self.stopping, self.compiles = [], False, compiles
         self.seconds, self.timed = 0.0, 0  # that the last `timed` steps took together
+        self.lock = lock
         with together():
-            self.lock = lock_run(self.out) if rank() == 0 else None
             damaged = self.load(describe)
         with together():
             self.check_agreement()
@@ -111,7 +111,8 @@ class Run:
         if state:
             check_same_experiment(path, state, self.config, self.facts, describe)
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+                with reading(path, RuntimeError):  # which says how the network has changed
+                    part.load_state_dict(state[name])
             self.step, self.losses = state["step"], state["losses"]
             self.saved = {name: state[name] for name in ("config", "sha256")}
         return damaged
@@ -156,7 +157,8 @@ class Run:
                 if not line.endswith("\n"):  # written by a process that was killed
                     continue
                 values = json.loads(line)
-                if values["step"] < self.step or values["step"] == self.step and "changed" not in values:
+                at_state = values["step"] == self.step and "changed" not in values
+                if self.step and (values["step"] < self.step or at_state):  # at step 0 all begins anew
                     kept.append(line)
         with atomic_file(path) as file:
             file.write("".join(kept).encode())
@@ -217,6 +219,8 @@ class Run:
     def show_progress(self, now, last):
         """Print the mean loss, the speed and the time left. Neither counts the first step if it compiles, nor what is
         done between finish_step() and the next step."""
+        if now or self.compiles or self.seconds + time.monotonic() - self.began > 10:
+            float(self.losses["sum"])  # waits for the GPU, so that the clock tells the truth
         self.seconds += time.monotonic() - self.began
         self.timed += 1
         if self.compiles:

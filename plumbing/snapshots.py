@@ -21,8 +21,8 @@ def save_snapshot(folder, average, step, std, info=None):
     """Write the snapshot of a module, and `info`, a dict of plain values. Returns its path. Parameters are stored in
     float16, those that it cannot hold in float32; buffers, and what PowerEMA never averages, as they are. Raises
     ValueError for what could not be loaded again."""
-    frozen = {id(tensor) for tensor in getattr(average, "frozen", [])}
-    averaged = {id(p) for p in average.parameters()} - frozen  # by identity: wrappers change names
+    known = vars(average).get("_power_ema", {"training": "", "frozen": []})
+    averaged = {id(p) for name, p in average.named_parameters() if name not in known["frozen"]}
     weights, buffers = {}, []
     for name, tensor in average.state_dict(keep_vars=True).items():
         if not torch.is_tensor(tensor):  # an extra state
@@ -30,15 +30,14 @@ def save_snapshot(folder, average, step, std, info=None):
             buffers.append(name)
             continue
         weights[name] = tensor.detach().cpu().contiguous()
-        if id(tensor) not in averaged:
+        if id(tensor) not in averaged:  # by identity: wrappers change names in the state_dict
             buffers.append(name)
         elif tensor.is_floating_point():
             full = weights[name].float()
             half = full.half()
             weights[name] = full if (half.float() - full).norm() > 0.01 * full.norm() else half
-    training = getattr(average, "training_id", "")  # as PowerEMA tells its averages
-    return write_snapshot(folder, {"step": int(step), "std": float(std), "info": info or {}, "training": training,
-                                   "weights": weights, "buffers": buffers})
+    return write_snapshot(folder, {"step": int(step), "std": float(std), "info": info or {},
+                                   "training": known["training"], "weights": weights, "buffers": buffers})
 
 
 def list_snapshots(folder):

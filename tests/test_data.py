@@ -405,3 +405,7 @@ def test_a_script_ends_in_one_line_but_a_bug_raises(error, code, line, capsys):
     with pytest.raises(SystemExit if code else ZeroDivisionError) as end:
         data.run_main(main)
     assert getattr(end.value, "code", None) == code and re.fullmatch(line, capsys.readouterr().err)
+
+
+def test_the_public_sets_are_those_that_can_be_fetched():
+    assert data.PUBLIC_SETS == tuple(prepare.sets.DOWNLOADS)

@@ -181,7 +181,8 @@ def test_snapshots_of_two_trainings_are_not_mixed(tmp_path):
         reconstruct(load_snapshots(tmp_path), [0.15])
     other = PowerEMA(torch.nn.Linear(2, 2, bias=False))
     other.load_state_dict(ema.state_dict())  # resumed, it is the same training
-    assert all(average.training_id == ema.id == other.id for average in other.averages.values())
+    path = save_snapshot(tmp_path / "other", other.averages[0.05], 60, 0.05)
+    assert load_file(path)["training"] == ema.id == other.id
 
 
 class Odd(torch.nn.Module):
@@ -192,6 +193,13 @@ class Odd(torch.nn.Module):
         self.frequencies = torch.nn.Parameter(torch.randn(64) * 16, requires_grad=False)
         self.table = torch.nn.Parameter(torch.arange(3000), requires_grad=False)
         self.trained = checkpoint_wrapper(torch.nn.Linear(2, 2).bfloat16())
+        self.frozen = torch.nn.Identity()  # a name that people use
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
 
 
 def test_what_is_not_averaged_is_exact_whatever_wrappers_call_it(tmp_path):
@@ -203,7 +211,7 @@ def test_what_is_not_averaged_is_exact_whatever_wrappers_call_it(tmp_path):
         for std, average in ema.averages.items():
             save_snapshot(tmp_path, average, step, std)
     snapshot, = reconstruct(load_snapshots(tmp_path), [0.07])
-    assert snapshot["buffers"] == ["frequencies", "table"] and sorted(snapshot["weights"]) == sorted(module.state_dict())
+    assert snapshot["buffers"] == ["frequencies", "table", "_extra_state"] and sorted(snapshot["weights"]) == sorted(module.state_dict())
     for weights in (snapshot["weights"], ema.averages[0.1].state_dict()):
         assert torch.equal(weights["frequencies"], module.frequencies) and torch.equal(weights["table"], module.table)
     weight = snapshot["weights"]["trained.weight"]
@@ -224,7 +232,11 @@ def test_modules_that_cannot_be_averaged_are_refused():
     for other in (torch.nn.Linear(2, 3), torch.nn.Linear(2, 2, bias=False), torch.nn.Sequential(torch.nn.Linear(2, 2))):
         with pytest.raises(ValueError, match="not the module that PowerEMA was made of: .*(weight|bias)"):
             ema.update(other, 1)
-    ema.update(torch.nn.Linear(2, 2), 1)
+    module = torch.nn.Linear(2, 2)
+    module.forward = torch.compile(module.forward, backend="eager")  # replaced afterwards, as the line advises
+    ema.update(module, 1)
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    PowerEMA(frozen).update(frozen, 1)  # nothing to average
 
 
 def test_batch_statistics_of_an_average_are_renewed_by_update_bn():

@@ -1,6 +1,5 @@
 """The real commands, on the real digits."""
 
-import json
 import re
 import subprocess
 import sys

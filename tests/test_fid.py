@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -108,6 +107,8 @@ class Features(torch.nn.Module):
 def test_features_of_a_module_are_strict_and_in_eval_mode(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     (folder / "means.py").write_text(MODULE)
+    (folder / "infinite.py").write_text(MODULE.replace(" * self.scale", " / 0"))
+    (folder / "needs.py").write_text("import nonexistent_thing")
     (folder / "flat.py").write_text(MODULE.replace(".mean(dim=(2, 3))", "").replace(" * self.scale", ".mean()"))
     torch.save({"scale": torch.tensor([1.0, 2, 4]).half()}, "scale.pt")
     torch.save({"scale": torch.ones(2)}, "other.pt")
@@ -116,11 +117,13 @@ def test_features_of_a_module_are_strict_and_in_eval_mode(folder, monkeypatch):
         np.testing.assert_allclose(file["mu"], PIXELS.mean() * np.array([1, 2, 4]), rtol=1e-6)  # grey became RGB
         variance = PIXELS.mean((1, 2)).var(ddof=1) * np.outer([1, 2, 4], [1, 2, 4])
         np.testing.assert_allclose(file["sigma"], variance, rtol=1e-5)
-    for features, said in (("means", "MODULE:FILE"), ("nowhere:scale.pt", "MODULE:FILE"), ("math:scale.pt", "no class"),
+    for features, said in (("means", "MODULE:FILE"), ("nowhere:scale.pt", "no module nowhere"), ("math:scale.pt", "no class"),
                            ("means:other.pt", "other.pt: .*scale"), ("means:means.py", "means.py: "),
-                           ("means:nowhere.pt", "nowhere.pt: there is no such file"), ("flat:scale.pt", "must map")):
+                           ("means:nowhere.pt", "nowhere.pt: there is no such file"), ("flat:scale.pt", "must map"), ("infinite:scale.pt", "must map")):
         result = call("fid.py", "stats", "folder", f"--features={features}", "--out=stats.npz")
         assert result.returncode == 2 and re.search(said, result.stderr.splitlines()[-1]), result.stderr
+    with pytest.raises(ModuleNotFoundError, match="nonexistent_thing"):  # a bug in the module
+        call("fid.py", "stats", "folder", "--features=needs:scale.pt", "--out=stats.npz")
 
 
 def test_bad_input_is_one_line_that_names_it(folder):

@@ -252,3 +252,14 @@ def test_a_denoiser_takes_float64_and_edms_sigmas_but_no_half_weights():
         assert torch.equal(other, denoiser(x, 1.0)) and other.dtype == torch.float32
     with pytest.raises(ValueError, match="weights must stay in float32"):
         denoiser.half()(x, 1.0)
+
+
+def test_adaln_modulates_in_float32_when_the_network_is_in_bfloat16():
+    block, x, cond = awake(DiT(DiTConfig(**SMALL, block="plain")).blocks[0]), torch.randn(2, 16, 32), torch.randn(2, 32)
+    block.attention, block.mlp = nn.Identity(), nn.Identity()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = block.modulation(cond).float()[:, None].chunk(6, dim=-1)
+        out = block(x, cond)
+    for scale, shift, gate in (values[:3], values[3:]):
+        x = x + gate * (F.layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift)
+    close(out, x, rtol=1e-5, atol=1e-5)

@@ -33,6 +33,8 @@ class Features(nn.Sequential):
             nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out), nn.ReLU(), nn.MaxPool2d(2))))
 
     def forward(self, images):
+        if min(images.shape[2:]) < 8:
+            raise ValueError(f"images of {images.shape[2]}x{images.shape[3]} pixels are smaller than 8x8")
         return super().forward(images.float() / 127.5 - 1).mean(dim=(2, 3))
 
 

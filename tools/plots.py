@@ -75,9 +75,10 @@ def read_column(run, key):
     """The points (step, value) of a column of a run's log."""
     with reading(run / "log.jsonl"):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        points = [(line["step"], float(line[key])) for line in lines if key in line]
+        numbers = [{name: value for name, value in line.items() if isinstance(value, (int, float))} for line in lines]
+        points = [(line["step"], float(line[key])) for line in numbers if key in line]
     if not points:
-        names = sorted({name for line in lines for name in line})
+        names = sorted({name for line in numbers for name in line})
         raise UserError(f"{run}: its log has no {key}, but {', '.join(names)}")
     return points
 
