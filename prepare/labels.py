@@ -23,8 +23,9 @@ def is_litter(name):
     """Whether a path is nothing that its owner put there: hidden, of a system or an editor (@eaDir, #recycle,
     $RECYCLE.BIN, __MACOSX), or in a folder that is named like a picture and holds previews of it."""
     *folders, _ = parts = name.split("/")
-    return (any(part.startswith((".", "@", "#", "$", "__")) for part in parts) or parts[-1] in ("Thumbs.db", "desktop.ini")
-            or any(folder.lower().endswith(SUFFIXES) for folder in folders))
+    return (any(part.startswith((".", "@", "#", "$", "__")) for part in parts)
+            or parts[-1] in ("Thumbs.db", "desktop.ini")
+            or any(f"{suffix}." in f"{folder.lower()}." for folder in folders for suffix in SUFFIXES))
 
 
 def as_labels(values):

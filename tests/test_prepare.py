@@ -71,7 +71,7 @@ def test_what_systems_leave_is_counted_and_masks_are_told(tmp_path):
         picture(tmp_path / "set" / "bee" / f"{i}.JPG" / "small.png")
         picture(tmp_path / "set" / "labelled" / f"{i}.png", values=5)
     dataset, said = prepared(tmp_path / "set", "--holdout=0")
-    assert dataset.facts["counts"] == [4, 8, 4] and "left out: 8 hidden or of a system" in said
+    assert dataset.facts["counts"] == [4, 4, 4] and "left out: 12 hidden or of a system" in said
     assert "all images of labelled have at most 32 colours, as masks do" in said
 
 
