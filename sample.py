@@ -342,6 +342,17 @@ def write_grid(path, images, columns, names, animate):
                      duration=durations, loop=0)
 
 
+def write_arrays(path, images, labels, facts):
+    """Write images, labels and the names of the classes, which say what labels mean, as an npz."""
+    arrays = {"labels": labels, "classes": np.array(facts["classes"], str)}
+    if facts["latent"]:
+        arrays["latents"] = images
+    else:
+        arrays["arr_0"] = images.transpose(0, 2, 3, 1)  # (N, H, W, C), as ADM has it
+    with atomic_file(path) as file:
+        np.savez(file, **arrays)
+
+
 def main():
     join_processes()
     with together():
@@ -382,13 +393,7 @@ def main():
         if rank() == 0 and args.out.suffix == ".png":
             write_grid(args.out, images, args.columns, names, args.gif)
         elif rank() == 0:
-            arrays = {"classes": np.array(facts["classes"], str)}  # what the labels mean
-            if facts["latent"]:
-                arrays["latents"] = images
-            else:
-                arrays["arr_0"] = images.transpose(0, 2, 3, 1)
-            with atomic_file(args.out) as file:
-                np.savez(file, labels=labels, **arrays)
+            write_arrays(args.out, images, labels, facts)
     print(args.out)
     leave_processes()
 

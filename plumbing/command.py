@@ -56,8 +56,8 @@ def existing_file(path):
 @contextmanager
 def reading(name, errors=Exception):
     """Turn what goes wrong while a library reads a file into one UserError that names the file. Why: for a damaged file
-    libraries raise all sorts of exceptions. Around anything else name the errors to turn, or the bugs of whoever changes
-    that code would look like damaged files."""
+    libraries raise all sorts of exceptions. Around anything else name the errors to turn, or the bugs of whoever
+    changes that code would look like damaged files."""
     try:
         yield
     except (UserError, NameError):

@@ -49,8 +49,8 @@ def digest(value, sha=None):
     elif type(value) in (str, int, float, bool, type(None)):
         sha.update(f"{type(value).__name__}{value!r};".encode())
     else:
-        raise ValueError(f"holds a {type(value).__name__}, {str(value)[:60]!r}: only plain numbers, texts, lists, dicts "
-                         "and tensors can be read again")
+        raise ValueError(f"holds a {type(value).__name__}, {str(value)[:60]!r}: only plain numbers, texts, lists, "
+                         "dicts and tensors can be read again")
     return sha.hexdigest()
 
 

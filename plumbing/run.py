@@ -83,10 +83,10 @@ class Run:
     """One training and its directory.
 
     step: how many steps are done. mean_loss: over the steps since the line of the log before, whenever "log" is due.
-    facts: of the data, with their hashes; describe(facts): the same in one line. lock: from lock_run(). parts: what a state holds, by name,
-    each with state_dict() and load_state_dict(). compiles: whether the first step also compiles the network, so that
-    its time tells nothing. provenance: what the first line of a new log says. Raises UserError, on all processes, if
-    the directory is in use or belongs to a different experiment, or if the processes do not agree."""
+    facts: of the data, with their hashes; describe(facts): the same in one line. lock: from lock_run(). parts: what a
+    state holds, by name, each with state_dict() and load_state_dict(). compiles: whether the first step also compiles
+    the network, so that its time tells nothing. provenance: what the first line of a new log says. Raises UserError, on
+    all processes, if the directory is in use or belongs to a different experiment, or if the processes do not agree."""
 
     def __init__(self, config, facts, describe, lock, parts, compiles=False, **provenance):
         self.config, self.facts, self.parts, self.out = config, facts, parts, Path(config.out)

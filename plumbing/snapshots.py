@@ -1,6 +1,6 @@
-"""Snapshots of averages on disk, <folder>/<step>-<std>.pt, from which ema.py mixes other widths. Each is a dict of step,
-std, info (plain values, whatever its owner needs), training (which one it comes from), weights, and buffers, the names
-of those that are not averaged."""
+"""Snapshots of averages on disk, <folder>/<step>-<std>.pt, from which ema.py mixes other widths. Each is a dict of
+step, std, info (plain values, whatever its owner needs), training (which one it comes from), weights, and buffers, the
+names of those that are not averaged."""
 
 import re
 from pathlib import Path

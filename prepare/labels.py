@@ -1,5 +1,5 @@
-"""Labels from what lies around the images: folders of classes and of splits, dataset.json, tables. Names are compared in
-Unicode's composed form, since macOS writes é as two characters and everybody else as one."""
+"""Labels from what lies around the images: folders of classes and of splits, dataset.json, tables. Names are compared
+in Unicode's composed form, since macOS writes é as two characters and everybody else as one."""
 
 import csv
 import json
@@ -82,8 +82,8 @@ def find_split(level):
 
 
 def are_shards(names):
-    """Whether folders only divide a long list, as EDM's do: 00000/img00000999.png, 00001/img00001000.png; numbers run on
-    from folder to folder, where in folders of classes they begin anew or mix."""
+    """Whether folders only divide a long list, as EDM's do: 00000/img00000999.png, 00001/img00001000.png; numbers run
+    on from folder to folder, where in folders of classes they begin anew or mix."""
     pairs = [re.search(r"(?:^|/)(\d{5})/[^/]*?(\d{8})\.[^/]*$", name) for name in names]
     if not all(pairs):
         return False
@@ -93,8 +93,9 @@ def are_shards(names):
 
 
 def splits_by_folder(names, lines):
-    """Of pictures by their paths: which are held out, or None if there are no splits, and the levels of folders at which
-    paths differ, the outermost first; inside of splits, at which those of train do. lines: gets what is worth knowing."""
+    """Of pictures by their paths: which are held out, or None if there are no splits, and the levels of folders at
+    which paths differ, the outermost first; inside of splits, at which those of train do. lines: gets what is worth
+    knowing."""
     levels = zip_longest(*(same_form(name).split("/")[:-1] for name in names), fillvalue="")
     levels = [level for level in levels if len(set(level)) > 1]
     held_out = find_split(levels[0]) if levels else None

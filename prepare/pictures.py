@@ -1,7 +1,7 @@
 """One picture as training sees it: a Pillow image becomes an array, and what was lost or changed on the way is counted.
 
-Why counted: a set of a million files has a few hundred odd ones, and nobody looks at each; a line that says "images with
-transparency, put on white: 12" tells what to look for."""
+Why counted: a set of a million files has a few hundred odd ones, and nobody looks at each; a line that says "images
+with transparency, put on white: 12" tells what to look for."""
 
 import warnings
 from functools import lru_cache

@@ -121,8 +121,8 @@ class Few:
             source.lines.append(f"{few[0]} of the first {few[0] + many[0]} images have at most 32 colours, as masks do")
         odd = [name for name, a, b in zip(source.classes, few, many) if a and not b]
         if odd and many.any():
-            source.lines.append(f"all images of {', '.join(odd)[:200]} have at most 32 colours, as masks do; if they are "
-                                "masks, take them out")
+            source.lines.append(f"all images of {', '.join(odd)[:200]} have at most 32 colours, as masks do; if they "
+                                "are masks, take them out")
 
 
 def channel_statistics(images):
@@ -181,7 +181,8 @@ def write_set(folder, source, made, changes):
 
 def make_parser():
     parser = Parser(__doc__)
-    parser.add_argument("source", type=os.path.expanduser, help=f"{', '.join(DOWNLOADS)}, or the path of a folder or file")
+    parser.add_argument("source", type=os.path.expanduser,
+                        help=f"{', '.join(DOWNLOADS)}, or the path of a folder or file")
     parser.add_argument("--name", help="the set goes to datasets/NAME (default: the source's name, and -SIZE)")
     parser.add_argument("--size", type=between(int, 1, 8192), help="crop images to their centre, resize to this side")
     parser.add_argument("--holdout", type=between(float, 0, 0.9), default=0.05,

@@ -211,7 +211,8 @@ def test_what_is_not_averaged_is_exact_whatever_wrappers_call_it(tmp_path):
         for std, average in ema.averages.items():
             save_snapshot(tmp_path, average, step, std)
     snapshot, = reconstruct(load_snapshots(tmp_path), [0.07])
-    assert snapshot["buffers"] == ["frequencies", "table", "_extra_state"] and sorted(snapshot["weights"]) == sorted(module.state_dict())
+    assert snapshot["buffers"] == ["frequencies", "table", "_extra_state"]
+    assert sorted(snapshot["weights"]) == sorted(module.state_dict())
     for weights in (snapshot["weights"], ema.averages[0.1].state_dict()):
         assert torch.equal(weights["frequencies"], module.frequencies) and torch.equal(weights["table"], module.table)
     weight = snapshot["weights"]["trained.weight"]

@@ -117,9 +117,11 @@ def test_features_of_a_module_are_strict_and_in_eval_mode(folder, monkeypatch):
         np.testing.assert_allclose(file["mu"], PIXELS.mean() * np.array([1, 2, 4]), rtol=1e-6)  # grey became RGB
         variance = PIXELS.mean((1, 2)).var(ddof=1) * np.outer([1, 2, 4], [1, 2, 4])
         np.testing.assert_allclose(file["sigma"], variance, rtol=1e-5)
-    for features, said in (("means", "MODULE:FILE"), ("nowhere:scale.pt", "no module nowhere"), ("math:scale.pt", "no class"),
+    for features, said in (("means", "MODULE:FILE"), ("nowhere:scale.pt", "no module nowhere"),
+                           ("math:scale.pt", "no class"),
                            ("means:other.pt", "other.pt: .*scale"), ("means:means.py", "means.py: "),
-                           ("means:nowhere.pt", "nowhere.pt: there is no such file"), ("flat:scale.pt", "must map"), ("infinite:scale.pt", "must map")):
+                           ("means:nowhere.pt", "nowhere.pt: there is no such file"), ("flat:scale.pt", "must map"),
+                           ("infinite:scale.pt", "must map")):
         result = call("fid.py", "stats", "folder", f"--features={features}", "--out=stats.npz")
         assert result.returncode == 2 and re.search(said, result.stderr.splitlines()[-1]), result.stderr
     with pytest.raises(ModuleNotFoundError, match="nonexistent_thing"):  # a bug in the module

@@ -212,7 +212,7 @@ def test_many_small_jobs_draw_what_a_large_one_does(tmp_path):
     run = save_run(tmp_path / "run", MAIN).parent.parent
     for name, words in (("all", "--count=7 --seed=3"), ("a", "--count=4 --seed=3"), ("b", "--count=3 --seed=7")):
         assert call("sample.py", run, "--steps=2", *words.split(), f"--out={tmp_path / name}.npz").returncode == 0
-    whole, *parts = ({name: array for name, array in np.load(tmp_path / f"{name}.npz").items()} for name in ("all", "a", "b"))
+    whole, *parts = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("all", "a", "b"))
     for name in ("labels", "arr_0"):
         np.testing.assert_allclose(np.concatenate([part[name] for part in parts]).astype(int), whole[name].astype(int),
                                    atol=name == "arr_0")

@@ -1,7 +1,7 @@
 """A small classifier whose features judge samples where Inception's say little: `python -m tools.classifier digits`.
 
-It learns the classes of a set that data.py prepared, prints its accuracy on the held-out part, and writes the weights of
-its features, in float16, for fid.py:
+It learns the classes of a set that data.py prepared, prints its accuracy on the held-out part, and writes the weights
+of its features, in float16, for fid.py:
 
     python -m tools.classifier fashion-mnist --out=out/features.pt
     python fid.py compare out/fashion-mnist fashion-mnist --features=tools.classifier:out/features.pt --count=10000

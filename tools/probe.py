@@ -3,8 +3,8 @@
     python -m tools.probe out/ddae
 
 Noisy images without labels go through the network, each block's output is averaged over tokens or pixels, and a
-logistic regression is fitted on these features. Why: generation needs a representation of the image, and this measures it
-[DDAE++, Xiang et al. 2025, arXiv 2505.10999]; variants/ddae.py tries to improve it.
+logistic regression is fitted on these features. Why: generation needs a representation of the image, and this measures
+it [DDAE++, Xiang et al. 2025, arXiv 2505.10999]; variants/ddae.py tries to improve it.
 """
 
 from pathlib import Path
