@@ -91,7 +91,8 @@ def from_picture(image, changes):
     if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
         changes["with transparency, put on white"] += 1
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.atleast_3d(image.convert("L" if grey else "RGB")).transpose(2, 0, 1)
+    mode = "L" if grey else "RGB"
+    return np.atleast_3d(image if image.mode == mode else image.convert(mode)).transpose(2, 0, 1)
 
 
 def crop_and_resize(image, size, channels, changes):
