@@ -19,13 +19,14 @@ def same_form(text):
     return unicodedata.normalize("NFC", text)
 
 
+LITTER = re.compile(r"(^|/)([.@#$]|__)"  # hidden, or of a system or an editor: @eaDir, #recycle, $RECYCLE.BIN, __MACOSX
+                    rf"|({'|'.join(map(re.escape, SUFFIXES))})(\.[^/]*)?/"  # in a folder named like a picture: previews
+                    r"|(^|/)(Thumbs\.db|desktop\.ini)$", re.IGNORECASE)
+
+
 def is_litter(name):
-    """Whether a path is nothing that its owner put there: hidden, of a system or an editor (@eaDir, #recycle,
-    $RECYCLE.BIN, __MACOSX), or in a folder that is named like a picture and holds previews of it."""
-    *folders, _ = parts = name.split("/")
-    return (any(part.startswith((".", "@", "#", "$", "__")) for part in parts)
-            or parts[-1] in ("Thumbs.db", "desktop.ini")
-            or any(f"{suffix}." in f"{folder.lower()}." for folder in folders for suffix in SUFFIXES))
+    """Whether a path is nothing that its owner put there."""
+    return LITTER.search(name) is not None
 
 
 def as_labels(values):

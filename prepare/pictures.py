@@ -34,7 +34,8 @@ def apply_profile(image, changes):
     """An image of mode L, RGB, RGBA or CMYK in the colours of sRGB."""
     profile = image.info.get("icc_profile")
     if not profile:
-        changes["of CMYK without a colour profile, converted roughly"] += image.mode == "CMYK"
+        if image.mode == "CMYK":
+            changes["of CMYK without a colour profile, converted roughly"] += 1
         return image
     mode = "RGB" if image.mode == "RGBA" else image.mode
     try:
@@ -72,14 +73,15 @@ def from_picture(image, changes):
         changes["of several pages, of which the first is taken"] += 1
     elif pages > 1 and image.format != "MPO":  # MPO: a phone's photo with a second
         raise ValueError(f"is animated, {pages} frames")
-    deep = ";16" in str(image.tile) or (image.format == "PPM" and image.mode == "I")
+    deep = any(";16" in str(tile[3]) for tile in image.tile) or (image.format == "PPM" and image.mode == "I")
     image.load()
     if image.info or image.format in ("TIFF", "MPO"):  # where an orientation would be
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F") and not deep:
         kind = "whole numbers" if image.mode == "I" else "real numbers"
         raise ValueError(f"has {kind} of 32 bits; save it with 8 or 16 bits a channel")
-    changes["of 16 bits a channel, rounded to 8"] += deep
+    if deep:
+        changes["of 16 bits a channel, rounded to 8"] += 1
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = from_deep_grey(image, changes)
     grey = Image.getmodebase(image.mode) == "L"

@@ -108,19 +108,21 @@ class Few:
     among others of many. Why: masks that lie beside the pictures would be trained on."""
 
     def __init__(self, source):
-        self.counts = np.zeros((max(len(source.classes), 1), 2), int)  # of each class: few colours, many
+        self.few, self.many = ([0] * max(len(source.classes), 1) for _ in range(2))  # images of each class
 
     def look(self, image, label):
-        if self.counts[label].sum() < 50 and image.dtype == np.uint8:
-            pixels = image[:, ::-(-image.shape[1] // 64), ::-(-image.shape[2] // 64)].reshape(len(image), -1)
-            self.counts[label, int(len(np.unique(pixels, axis=1).T) > 32)] += 1
+        if self.few[label] + self.many[label] < 50 and image.dtype == np.uint8:
+            pixels = image[:, ::-(-image.shape[1] // 64), ::-(-image.shape[2] // 64)].astype(np.int32)
+            colours = sum(channel << 8 * i for i, channel in enumerate(pixels))
+            counts = self.few if len(np.unique(colours)) <= 32 else self.many
+            counts[label] += 1
 
     def tell(self, source):
-        few, many = self.counts.T
+        few, many = self.few, self.many
         if not source.classes and few[0] and many[0]:
             source.lines.append(f"{few[0]} of the first {few[0] + many[0]} images have at most 32 colours, as masks do")
         odd = [name for name, a, b in zip(source.classes, few, many) if a and not b]
-        if odd and many.any():
+        if odd and any(many):
             source.lines.append(f"all images of {', '.join(odd)[:200]} have at most 32 colours, as masks do; if they "
                                 "are masks, take them out")
 
