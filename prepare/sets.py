@@ -59,51 +59,7 @@ def is_held_out(image, i, source, holdout, left):
     return held
 
 
-def write_images(files, source, made, changes, channels=1):
-    """Write the images of a Source into two open files, those to train on and those held out. Returns their numbers.
-    When the first colour image turns up, it begins again with three channels."""
-    changes.clear()
-    first, numbers, few = None, ([], []), Few(source)
-    left = dict(enumerate(np.bincount(source.labels).tolist()))
-    for file in files:
-        file.seek(HEADER)  # which is written last
-        file.truncate()
-    for i in track(range(len(source.images)), "images prepared", len(source.images)):
-        try:
-            image = source.images[i]
-        except UserError as error:
-            if not made["skip_broken"]:
-                raise UserError(f"{error}; --skip-broken leaves such images out") from None
-            warn(f"left out: {error}")
-            changes["that cannot be read, left out"] += 1
-            continue
-        if made["size"] and image.dtype != np.uint8:
-            raise UserError(f"--size: {made['source']} holds latents, which cannot be resized")
-        if len(image) > channels:
-            return write_images(files, source, made, changes, len(image))
-        few.look(image, source.labels[i])
-        image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
-        first = image if first is None else first
-        C, H, W = image.shape
-        if image.shape != first.shape or H != W:
-            raise UserError(f"{made['source']}: {source.images.names[i]} is {C}x{H}x{W}, the first is "
-                            f"{'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
-                            "pictures so")
-        held = is_held_out(image, i, source, made["holdout"], left)
-        files[held].write(image)
-        numbers[held].append(i)
-    if not numbers[0]:
-        raise UserError(f"{made['source']}: no image is left to train on")
-    few.tell(source)
-    for file, part in zip(files, numbers):
-        file.seek(0)
-        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(part), *first.shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        assert file.tell() == HEADER
-    return numbers
-
-
-class Few:
+class MaskCheck:
     """Looks at the first 50 images of each class for what segmentation masks are like: images of at most 32 colours
     among others of many. Why: masks that lie beside the pictures would be trained on."""
 
@@ -125,6 +81,50 @@ class Few:
         if odd and any(many):
             source.lines.append(f"all images of {', '.join(odd)[:200]} have at most 32 colours, as masks do; if they "
                                 "are masks, take them out")
+
+
+def write_images(files, source, made, changes, channels=1):
+    """Write the images of a Source into two open files, those to train on and those held out. Returns their numbers.
+    When the first colour image turns up, it begins again with three channels."""
+    changes.clear()
+    first, numbers, masks = None, ([], []), MaskCheck(source)
+    left = dict(enumerate(np.bincount(source.labels).tolist()))
+    for file in files:
+        file.seek(HEADER)  # which is written last
+        file.truncate()
+    for i in track(range(len(source.images)), "images prepared", len(source.images)):
+        try:
+            image = source.images[i]
+        except UserError as error:
+            if not made["skip_broken"]:
+                raise UserError(f"{error}; --skip-broken leaves such images out") from None
+            warn(f"left out: {error}")
+            changes["that cannot be read, left out"] += 1
+            continue
+        if made["size"] and image.dtype != np.uint8:
+            raise UserError(f"--size: {made['source']} holds latents, which cannot be resized")
+        if len(image) > channels:
+            return write_images(files, source, made, changes, len(image))
+        masks.look(image, source.labels[i])
+        image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
+        first = image if first is None else first
+        C, H, W = image.shape
+        if image.shape != first.shape or H != W:
+            raise UserError(f"{made['source']}: {source.images.names[i]} is {C}x{H}x{W}, the first is "
+                            f"{'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
+                            "pictures so")
+        held = is_held_out(image, i, source, made["holdout"], left)
+        files[held].write(image)
+        numbers[held].append(i)
+    if not numbers[0]:
+        raise UserError(f"{made['source']}: no image is left to train on")
+    masks.tell(source)
+    for file, part in zip(files, numbers):
+        file.seek(0)
+        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(part), *first.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == HEADER
+    return numbers
 
 
 def channel_statistics(images):

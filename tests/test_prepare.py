@@ -160,7 +160,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
         picture(tmp_path / "set" / f"{i}.png")
     (tmp_path / "set" / "labels.csv").write_text("file,a,b\n0.png,1,2\n")
     assert "no labels were found; if labels.csv holds some" in prepared(tmp_path / "set")[1]
-    for text, said in (("file,a,b\n0.png,1,2\n", "2 columns beside the files': choose one with --labels=FILE:COLUMN, a"),
+    for text, said in (("file,a,b\n0.png,1,2\n", "2 columns beside the files': choose one with --labels=FILE:COLUMN"),
                        ("file,a\n0.png,1\n", "has no label for 1.png"), ("x,y\n", "names none of the images"),
                        ("file,a\n0.png,1\n0.png,2\n1.png,1\n2.png,1\n3.png,1\n", "two labels for one image"),
                        ("file,a\n0.png,1\n1.png\n", "row 3 has 1 columns, the first has 2")):

@@ -7,8 +7,6 @@ logistic regression is fitted on these features. Why: generation needs a represe
 it [DDAE++, Xiang et al. 2025, arXiv 2505.10999]; variants/ddae.py tries to improve it.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 

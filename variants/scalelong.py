@@ -21,7 +21,6 @@ Sources: [U-ViT] Bao et al. 2023, arXiv 2209.12152; [ScaleLong] Huang et al. 202
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
