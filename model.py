@@ -190,6 +190,20 @@ class PlainOutput(nn.Module):
         return self.linear(scale_and_shift(self.norm(x), scale, shift))
 
 
+def matrices_of(blocks):
+    """{matrix: numbers of rows of its parts} for all matrices of some blocks, of either family.
+    Why parts: some matrices are several, stacked so that one product computes what all give."""
+    parts = {p: [len(p)] for p in blocks.parameters() if p.ndim == 2}
+    for module in blocks.modules():
+        if isinstance(module, (MPAttention, PlainAttention)):
+            parts[module.qkv.weight] = 3 * [module.out.weight.shape[1]]
+        elif isinstance(module, Modulation) and module.sizes:
+            parts[module.linear.weight] = list(module.sizes.values())
+        elif isinstance(module, PlainBlock):
+            parts[module.modulation.weight] = 6 * [module.modulation.in_features]
+    return parts
+
+
 class DiT(nn.Module):
     """The raw network F: images (B, C, S, S), c_noise (B,), labels (B,) int64 -> (B, C, S, S);
     label num_classes is the null label.
@@ -217,6 +231,11 @@ class DiT(nn.Module):
         it; at high rates some angles of wide or deep networks drift by radians."""
         modulations = [part for part in self.modules() if isinstance(part, Modulation)]
         return {part.gain: self.config.gain_rate for part in modulations if part.sizes}
+
+    @property
+    def matrices(self):
+        """{matrix: numbers of rows of its parts}, for what variants/muon.py updates."""
+        return matrices_of(self.blocks)
 
     def run_blocks(self, x, cond):
         """Tokens (B, T, D), conditioning (B, D) -> tokens (B, T, D). A variant overrides this."""

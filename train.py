@@ -75,9 +75,17 @@ class TrainConfig(Configuration):
         resumable=True)
     warmup_steps: int = key(
         50, "steps over which the rate rises linearly", 0, 10**9, resumable=True)
+    schedule: str = key(
+        "sqrt", "how the rate falls: sqrt, as decay_steps says, or linear, to 0 at the last step",
+        choices=("sqrt", "linear"), resumable=True)
     decay_steps: int = key(
         600, "t_ref: after this many steps the rate falls as 1/sqrt(step) (0: never)", 0, 10**9,
         resumable=True)
+    optimizer: str = key(
+        "adam", "adam, or muon for the matrices of blocks (variants/muon.py)",
+        choices=("adam", "muon"))
+    matrix_rate: float = key(
+        0.25, "with muon: factor on the learning rate of its matrices", 1e-9, 1e3, resumable=True)
     p_mean: float = key(
         -0.4, "mean of ln(sigma) in training: higher for layout and shape, lower for detail",
         -20, 20)
@@ -106,10 +114,14 @@ class TrainConfig(Configuration):
 
 
 def learning_rate(step, config):
-    """Linear warm-up, a plateau at alpha_ref, then 1/sqrt decay [EDM2, Eq. 67]; step from 0."""
-    warmup = min((step + 1) / (config.warmup_steps + 1), 1)
+    """Linear warm-up, a plateau at alpha_ref, then 1/sqrt decay [EDM2, Eq. 67]; step from 0.
+    Or a linear decay to 0 over the whole run. Why: the weights of a plain network grow, so that a
+    step turns them less and less; rows of RMS 1 turn as far as the rate says to the end."""
+    rate = config.learning_rate * min((step + 1) / (config.warmup_steps + 1), 1)
+    if config.schedule == "linear":
+        return rate * (1 - step / config.steps)
     decay = max(step / config.decay_steps, 1) if config.decay_steps else 1
-    return config.learning_rate / math.sqrt(decay) * warmup
+    return rate / math.sqrt(decay)
 
 
 def make_generator(config, number, device):
@@ -203,7 +215,7 @@ def accumulate_gradients(config, facts, model, denoiser, teacher, batches, draws
 
 
 def optimizer_step(denoiser, optimizer, rate):
-    """One step of Adam at `rate`, then forced weight normalization.
+    """One step of the optimizer at `rate`, then forced weight normalization.
     Gradients that are not finite count as 0 [EDM2]."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
@@ -224,16 +236,22 @@ def build(config, device, bfloat16=False):
     for p in denoiser.parameters():
         scale = lr_scale.get(p, 1.0)
         groups.setdefault(scale, {"lr_scale": scale, "params": []})["params"].append(p)
-    optimizer = torch.optim.Adam(list(groups.values()), betas=(0.9, 0.99), fused=True)
-    id = experiment_id(config, "learning_rate", "warmup_steps", "decay_steps")
+    groups = list(groups.values())
+    if config.optimizer == "muon":
+        from variants.muon import MuonAndAdam
+        optimizer = MuonAndAdam(groups, denoiser.net.matrices, config.matrix_rate)
+    else:
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    id = experiment_id(
+        config, "learning_rate", "warmup_steps", "schedule", "decay_steps", "matrix_rate")
     ema = PowerEMA(denoiser, config.ema_stds, id=id)
     return denoiser, ema, optimizer
 
 
 def train(config, dataset, denoiser, ema, optimizer, run):
     """Take the steps that are left of a run. All processes do this; the first one writes.
-    One step: draw, gradients over the micro-batches, Adam, weights forced back to RMS 1, averages,
-    then what is due. Why in this order: averages and files see only weights of RMS 1, and a state
+    One step: draw, gradients over the micro-batches, optimizer, weights forced back to RMS 1,
+    averages, then what is due. Why in this order: averages and files see only weights of RMS 1, and a state
     holds whole steps and nothing else."""
     device = next(denoiser.parameters()).device
     model = DistributedDataParallel(denoiser) if world_size() > 1 else denoiser

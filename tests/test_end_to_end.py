@@ -66,7 +66,8 @@ def freeze_input():
 def test_two_compiled_processes_follow_one_that_is_not_compiled(tmp_path):
     latents = np.random.default_rng(0).normal(3, 2, (40, 8, 8, 8)).astype(np.float32)
     latents[:, 4:] = 1  # standard deviations
-    options = ["--steps=3", "--snapshot_every=1", "--model.depth=1", "--model.block=plain", "--learning_rate=0.001"]
+    options = ["--steps=3", "--snapshot_every=1", "--model.depth=1", "--model.block=plain", "--learning_rate=0.001",
+               "--optimizer=muon"]
     dataset = make_set(tmp_path / "latents", latents, np.arange(40) % 2, ["a", "b"])
     for processes, compiled in ((1, "false"), (2, "true")):
         command = ["train.py", *TINY, *options, dataset, f"--out={tmp_path / str(processes)}", f"--compile={compiled}"]

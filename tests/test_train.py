@@ -31,6 +31,9 @@ def test_learning_rate_warms_up_stays_and_falls_as_one_over_sqrt():
     for step, rate in ((0, 0.002), (4, 0.01), (9, 0.02), (100, 0.02), (400, 0.01), (10000, 0.002)):
         assert learning_rate(step, config) == pytest.approx(rate)
     assert learning_rate(10**6, TrainConfig(learning_rate=0.02, decay_steps=0)) == 0.02
+    config = TrainConfig(learning_rate=0.02, warmup_steps=9, schedule="linear", steps=100)
+    for step, rate in ((0, 0.002), (4, 0.01 * 0.96), (9, 0.02 * 0.91), (50, 0.01), (99, 0.0002)):
+        assert learning_rate(step, config) == pytest.approx(rate)
 
 
 def test_random_numbers_never_repeat_within_or_between_runs():

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from data import load_dataset
 from helpers import FAMILIES, ROOT, TINY, awake, call, close, count_parameters, done, initial_rms, log, rms, run
 from layers import normalize
-from model import Denoiser, DiT, DiTConfig, edm2_loss
+from model import Denoiser, DiT, DiTConfig, edm2_loss, position_embedding
 from plumbing.command import UserError
 from plumbing.config import config_class, load_config
 from plumbing.files import digest, load_file
 from sample import load_denoiser
 from tools import plots, probe
 from train import TrainConfig, build, optimizer_step
-from variants import ddae, ladder, mup, scalelong, unet, uvit
+from variants import ddae, ladder, muon, mup, paper, scalelong, unet, uvit
 
 SMALL = dict(depth=3, width=32, heads=2, patch=2, image_size=8, channels=1, num_classes=10)
 UNET = dict(base=16, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, channels=1, num_classes=10)
@@ -191,6 +191,10 @@ def test_networks_have_the_published_numbers_of_parameters():
         attention = [number for number, block in enumerate(config.network().blocks) if block.attention]
     encoder, decoder = [8, 9, 10, 12, 13, 14], [15, 17, 18, 19, 20, 22, 23, 24, 25]
     assert attention == encoder + decoder
+    latents = dict(size="S", patch=4, image_size=16, channels=4, num_classes=1000)
+    variance = 64 * 384  # rows of the output that DDPM's learned variance has there
+    for kinds, count in ((("scale", "shift", "gate"), 32_849_739), (("scale", "rotate", "gate"), 31_006_539)):
+        assert count_parameters(paper.Config(**latents, modulation=kinds)) + variance == count
     small = dict(depth=13, width=512, heads=8, patch=2, image_size=32, channels=3, num_classes=10)
     for block in FAMILIES:
         assert count_parameters(uvit.Config(**small, block=block)) == pytest.approx(44e6, rel=0.01)
@@ -283,7 +287,8 @@ def test_mp_networks_keep_rms_near_1_at_initialisation(config, blocks):
 @pytest.mark.parametrize("config", [
     unet.Config(**UNET), unet.Config(**UNET | dict(num_classes=0), skip_scaling="learned"),
     unet.Config(**UNET, self_conditioning=True, contrast=0.1), uvit.Config(**SMALL),
-    uvit.Config(**SMALL, block="plain"), uvit.Config(**SMALL | dict(num_classes=0), skip_scaling="learned")])
+    uvit.Config(**SMALL, block="plain"), uvit.Config(**SMALL | dict(num_classes=0), skip_scaling="learned"),
+    paper.Config(**SMALL), paper.Config(**SMALL, modulation=("scale", "shift"))])
 def test_networks_start_at_zero_and_steps_lower_the_loss(config):
     denoiser, ema, optimizer = build(TrainConfig(model=config), CPU)
     images, noise = torch.randn(16, 1, 8, 8) * 0.5, torch.randn(16, 1, 8, 8)
@@ -335,6 +340,134 @@ def test_a_variant_trains_resumes_and_samples_by_its_recipe(tmp_path, variant, k
     assert all(digest(run[part]) == digest(whole[part]) for part in ("weights", "ema", "optimizer"))
     done("sample.py", tmp_path / "whole", "--ema=0.07", "--steps=2", "--columns=1", f"--out={tmp_path / 'a.png'}")
     assert type(load_denoiser(tmp_path / "whole", CPU)[0].net.config) is config_class(variant, DiTConfig, "")
+
+
+@pytest.mark.parametrize("modulation", [("scale", "shift", "gate"), ("rotate", "gate"), ("rotate",), ("scale", "shift")])
+def test_the_papers_network_is_that_of_its_equations(modulation):
+    config = paper.Config(**SMALL | dict(num_classes=10), modulation=modulation)
+    torch.manual_seed(0)
+    net = awake(config.network())
+    images, c_noise, labels = INPUT
+
+    def mp_linear(x, layer):
+        return x @ (layer.weight / layer.weight.norm(dim=1, keepdim=True)).T
+
+    def mp_silu(x):
+        return x * x.sigmoid() / 0.596
+
+    def modulated(x, cond, part):
+        values, place = mp_linear(cond, part.linear)[:, None], 0
+        for kind, size in part.sizes.items():
+            value = part.gain[list(part.sizes).index(kind)] * values[..., place:place + size]
+            place += size
+            if kind == "rotate":
+                planes = torch.complex(x[..., :16], x[..., 16:]) * torch.polar(torch.ones_like(value), value)
+                x = torch.cat([planes.real, planes.imag], -1)
+            else:
+                x = x * (1 + value) if kind == "scale" else x + value
+        return x
+
+    def add(x, branch, t):
+        return ((1 - t) * x + t * branch) / ((1 - t)**2 + t**2)**0.5
+
+    first = net.input
+    patches = F.unfold(images, 2, stride=2).mT  # (B, T, 4)
+    waves = torch.cos(c_noise[:, None] * first.fourier.freqs + first.fourier.phases)
+    label = first.label.weight[labels] / first.label.weight[labels].square().mean(1, keepdim=True).sqrt()
+    noise = mp_linear(mp_silu(mp_linear(waves, first.noise1)), first.noise2)
+    cond = mp_silu(add(noise, label, 0.5))
+    position = position_embedding(32, 4)
+    position = position - position.mean(1, keepdim=True)
+    x = mp_linear(torch.cat([patches, torch.ones(4, 16, 1)], -1), first.patch)
+    x = add(x, position / position.std(1, keepdim=True, correction=0), 0.5)
+    for block in net.blocks:
+        kinds = modulated(x, cond, block.modulation1) if modulation and block.modulation1.sizes else x
+        q, k, v = mp_linear(kinds, block.attention.qkv).view(4, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        q, k = (part / part.square().mean(-1, keepdim=True).sqrt() for part in (q, k))
+        branch = mp_linear(((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2), block.attention.out)
+        x = add(x, modulated(branch, cond, block.gate1) if block.gate1.sizes else branch, 0.3)
+        kinds = modulated(x, cond, block.modulation2) if block.modulation2.sizes else x
+        branch = mp_linear(mp_silu(mp_linear(kinds, block.mlp.up)), block.mlp.down)
+        x = add(x, modulated(branch, cond, block.gate2) if block.gate2.sizes else branch, 0.3)
+    last = net.output
+    x = modulated(x, cond, last.modulation) if last.modulation.sizes else x
+    expected = F.fold((last.gain * mp_linear(x, last.linear)).mT, 8, 2, stride=2)
+    close(net(images, c_noise, labels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_keeps_singular_vectors_and_brings_values_near_1():
+    for shape in ((8, 8), (24, 8), (8, 32)):
+        U, values, V = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
+        values = np.geomspace(1, 0.02, 8)
+        M = torch.from_numpy(U * values @ V).float()
+        found = U.T @ muon.orthogonal(torch.stack([M, 0 * M]))[0].numpy() @ V.T
+        assert 0.68 < np.diag(found).min() and np.diag(found).max() < 1.21
+        np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=1e-5)
+        x = values / np.linalg.norm(values)
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+        np.testing.assert_allclose(np.diag(found), x, atol=1e-5)
+        assert not muon.orthogonal(M[None] * 0).any()
+
+
+def test_muon_moves_each_part_by_the_rate_times_the_first_rms():
+    torch.manual_seed(0)
+    weights = [torch.randn(24, 8) * 0.3, torch.zeros(4, 16)]
+    before, gradients = [w.clone() for w in weights], [[torch.randn(w.shape) for w in weights] for _ in range(2)]
+    ours = muon.Muon([{"params": weights, "lr": 0.1}], {weights[0]: [8, 12, 4], weights[1]: [4]})
+    for step in range(2):
+        for w, gradient in zip(weights, gradients[step]):
+            w.grad = gradient
+        ours.step()
+    for w, start, first, second, parts in zip(weights, before, *gradients, ([8, 12, 4], [4])):
+        scale = start.square().mean().sqrt() if start.any() else 1 / 4
+        m1, m2 = 0.05 * first, 0.95 * 0.05 * first + 0.05 * second
+        for nesterov in (0.05 * first + 0.95 * m1, 0.05 * second + 0.95 * m2):
+            update = torch.cat([muon.orthogonal(part[None])[0] * max(part.shape)**0.5 for part in nesterov.split(parts)])
+            assert update.square().mean().sqrt() == pytest.approx(1, abs=0.15)
+            start = start - 0.1 * scale * update
+        close(w, start)
+
+
+@pytest.mark.parametrize("config", [
+    DiTConfig(**SMALL, modulation=("rotate", "scale", "shift", "gate")), DiTConfig(**SMALL, block="plain"),
+    uvit.Config(**SMALL), unet.Config(**UNET), ladder.Config(**SMALL, rung="C")])
+def test_muon_takes_the_matrices_of_blocks_in_equal_turns(config):
+    torch.manual_seed(0)
+    denoiser, _, optimizer = build(TrainConfig(model=config, optimizer="muon", matrix_rate=0.5), CPU)
+    net, parts = denoiser.net, optimizer.muon.parts
+    assert {id(p) for p in parts} == {id(p) for p in net.blocks.parameters() if p.ndim == 2}
+    assert all(sum(rows) == len(p) for p, rows in parts.items())
+    fused = {name.split(".", 2)[2]: parts[p] for name, p in net.named_parameters() if len(parts.get(p, [])) > 1}
+    if type(config) is DiTConfig:
+        expected = {"modulation1.linear.weight": [32, 32, 16], "modulation2.linear.weight": [32, 32, 16],
+                    "attention.qkv.weight": 3 * [32]}
+        plain = {"modulation.weight": 6 * [32], "attention.qkv.weight": 3 * [32]}
+        assert fused == (plain if config.block == "plain" else expected)
+    elif not isinstance(config, unet.Config):
+        assert fused["attention.qkv.weight"] == 3 * [32]
+    muons = {id(p): group["lr_scale"] for group in optimizer.muon.param_groups for p in group["params"]}
+    adams = {id(p) for group in optimizer.adam.param_groups for p in group["params"]}
+    assert muons.keys() | adams == {id(p) for p in denoiser.parameters()} and not muons.keys() & adams
+    before = {p: p.detach().clone() for p in parts}
+    for p in denoiser.parameters():
+        p.grad = torch.randn(p.shape)
+    optimizer_step(denoiser, optimizer, 0.02)
+    for p, start in before.items():  # cosine of the angle between rows, which is 0.01 times the RMS of the update
+        angles = torch.cosine_similarity(p.double(), start.double()).clamp(max=1).acos() if start.any() else None
+        assert angles is None or 0.006 < angles.square().mean().sqrt() < 0.0115
+
+
+@pytest.mark.parametrize("config", ["digits", "unet"])
+def test_with_muon_a_run_resumes_bit_for_bit(tmp_path, config):
+    tiny = [word for word in TINY if config != "unet" or not word.startswith("--model.")]  # of a transformer
+    recipe = [*tiny, f"--config={ROOT}/configs/{config}.toml", "--dataset=digits", "--optimizer=muon"]
+    if config == "unet":
+        recipe.append("--model.base=4")
+    for name, steps in (("whole", 4), ("run", 3), ("run", 4)):
+        done("train.py", *recipe, f"--steps={steps}", f"--out={tmp_path / name}")
+    whole, run = (load_file(tmp_path / name / "state.pt") for name in ("whole", "run"))
+    assert all(digest(run[part]) == digest(whole[part]) for part in ("weights", "ema", "optimizer"))
 
 
 def test_the_variant_in_the_readme_works(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ class Config(DiTConfig):
         return self.rung >= STEPS[step]
 
     def network(self):
-        return DiT(self, (Input, Block, Output))
+        return LadderDiT(self, (Input, Block, Output))
 
 
 # ---- layers that neither end of the ladder has ----
@@ -232,3 +232,13 @@ class Output(nn.Module):
     def forward(self, x, cond):
         x = self.linear(self.modulation(self.norm(x), cond))
         return x if self.gain is None else self.gain * x
+
+
+class LadderDiT(DiT):
+    """The network of a rung, inputs and output as in DiT."""
+
+    @property
+    def matrices(self):
+        modulations = [module for module in self.blocks.modules() if isinstance(module, ZeroModulation)]
+        width = self.config.width
+        return super().matrices | {module.linear.weight: len(module.kinds) * [width] for module in modulations}

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from layers import MPAttention, MPFourier, MPLinear, mp_cat, mp_silu, mp_sum, normalize
-from model import NetworkConfig
+from model import NetworkConfig, matrices_of
 from plumbing.keys import key
 from variants.ddae import Summarising, SummaryKeys
 from variants.scalelong import SkipKeys, SkipScales
@@ -145,6 +145,10 @@ class UNet(Summarising, nn.Module):
     @property
     def lr_scale(self):
         return self.scales.lr_scale
+
+    @property
+    def matrices(self):
+        return matrices_of(self.blocks)
 
     def conditioning(self, c_noise, labels):
         """Noise levels (B,), labels (B,) -> (B, E)."""
