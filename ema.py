@@ -233,17 +233,37 @@ def reconstruct(snapshots, stds):
     return results
 
 
+def plan(count, stds):
+    """[(width, residual), ...] for widths from 0.02 to 0.25: how well they could be mixed at the
+    end of a training that keeps `count` snapshots, evenly spaced, of each of the widths `stds`."""
+    sources = [(number, std) for number in range(1, count + 1) for std in stds]
+    widths = (0.02, 0.03, 0.04, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
+    _, residuals = solve_coefficients(sources, [(count, width) for width in widths])
+    return list(zip(widths, residuals.tolist()))
+
+
 def main():
-    from plumbing.command import Parser, path_type, reading
+    from plumbing.command import Parser, UserError, between, path_type, reading
     from plumbing.snapshots import load_snapshots, write_snapshot
 
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=path_type, help="a run directory, or a folder of snapshots")
-    parser.add_argument("--std", type=float, nargs="+", required=True,
+    parser.add_argument("folder", type=path_type, nargs="?",
+                        help="a run directory, or a folder of snapshots")
+    parser.add_argument("--std", type=between(float, 0.001, 0.288), nargs="+", required=True,
                         help="relative widths, 0.001 to 0.288")
     parser.add_argument("--step", type=int,
                         help="training step to reconstruct them at (default: the last snapshot's)")
+    parser.add_argument("--plan", type=between(int, 1, 1000), metavar="COUNT",
+                        help="before a run: print which widths could be mixed from COUNT snapshots "
+                             "of each of the widths --std")
     args = parser.parse_args()
+    if args.plan:
+        for width, residual in plan(args.plan, args.std):
+            verdict = "trust it" if residual <= 0.03 else "too far off"
+            print(f"width {width:<5g}  profile {residual:6.2%} off  {verdict}")
+        return
+    if not args.folder:
+        raise UserError("name a run directory or a folder of snapshots, or use --plan")
     folder = args.folder / "ema" if (args.folder / "ema").is_dir() else args.folder
     with reading(folder, ValueError):
         for snapshot in reconstruct(load_snapshots(folder, args.step), args.std):

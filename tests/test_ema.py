@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from ema import PowerEMA, inner_products, reconstruct, solve_coefficients, std_to_gamma
+from ema import PowerEMA, inner_products, plan, reconstruct, solve_coefficients, std_to_gamma
+from helpers import call
 from plumbing.files import load_file, save_file
 from plumbing.snapshots import list_snapshots, load_snapshots, save_snapshot
 
@@ -42,6 +43,17 @@ def profile(t, step, std):
     """(gamma + 1)·(t / step)^gamma / step on 0..step, which has the integral 1."""
     gamma = std_to_gamma(std)
     return (gamma + 1) * (t / step) ** gamma / step * (t <= step)
+
+
+def test_a_plan_says_which_widths_will_be_in_reach():
+    t, residuals = np.linspace(0, 20, 200001), dict(plan(20, (0.05, 0.10)))
+    sources = np.stack([profile(t, step, std) for step in range(1, 21) for std in (0.05, 0.10)], axis=1)
+    for width in (0.02, 0.15, 0.25):
+        wanted = profile(t, 20, width)
+        left = wanted - sources @ np.linalg.lstsq(sources, wanted, rcond=None)[0]
+        assert residuals[width] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(wanted), rel=0.05)
+    lines = call("ema.py", "--plan=20", "--std", "0.05", "0.10").stdout.splitlines()
+    assert lines[0] == "width 0.02   profile  8.67% off  too far off" and lines[3].endswith("0.00% off  trust it")
 
 
 def test_inner_products_and_best_fit_agree_with_quadrature():
