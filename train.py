@@ -39,8 +39,8 @@ from sample import sample
 
 @dataclass
 class TrainConfig(Configuration):
-    """One experiment; the default one is configs/digits.toml. Raises a ValueError whose message
-    starts with the key's name."""
+    """One experiment, by default on the digits. Raises a ValueError whose message starts with the
+    key's name."""
 
     out: str = key(
         "out/run", "run directory, where everything lands", resumable=True)

@@ -26,7 +26,8 @@ from train import magnitudes
 
 ROOT = Path(__file__).parent.parent
 TINY = [f"--config={ROOT}/configs/digits.toml", "--device=cpu", "--model.depth=2", "--model.width=32",
-        "--model.heads=2", "--log_every=1", "--save_every=10", "--batch=16"]
+        "--model.heads=2", "--log_every=1", "--save_every=10", "--batch=16",
+        "--optimizer=adam", "--schedule=sqrt", "--learning_rate=0.03"]
 FAMILIES = ("mp", "plain")
 CPU = torch.device("cpu")
 close = torch.testing.assert_close
