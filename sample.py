@@ -20,7 +20,7 @@ import torch
 from data import from_network, make_grid, to_picture
 from ema import reconstruct
 from model import Denoiser, DiTConfig
-from plumbing.command import Parser, UserError, between, path_type, reading, run_main
+from plumbing.command import Parser, UserError, between, path_type, reading, run_main, warn
 from plumbing.config import config_class
 from plumbing.files import atomic_file, load_file, save_picture
 from plumbing.processes import (PRECISIONS, check_compiler, choose_device, collect, draw_in_shares,
@@ -124,13 +124,16 @@ def sample(denoiser, facts, labels, seeds, frames=False, denoise=None, steps=32)
     return from_network(x, facts).cpu()
 
 
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
 def newest_run(folder="out"):
-    """The run directory under `folder` with the newest snapshot. Raises UserError."""
+    """The run directory under `folder` with the newest snapshot, or else the digits' snapshot that
+    comes with the code."""
     runs = Path(folder).rglob("ema")
     snapshots = [path for run in runs for _, _, path in list_snapshots(run)]
     if not snapshots:
-        raise UserError(f"no run with a snapshot under {folder}/; "
-                        "train: python train.py --config=configs/digits.toml")
+        return PRETRAINED / "digits.pt"
     newest = max(snapshots, key=lambda path: path.stat().st_mtime)
     return newest.parent.parent
 
@@ -251,7 +254,8 @@ def make_parser():
     add = parser.add_argument
     level, std = between(float, 0, 1e6), between(float, 0.001, 0.288)
     add("run", nargs="?", type=path_type, help="run directory or snapshot file "
-                               "(default: the run under out/ with the newest snapshot)")
+                               "(default: the run under out/ with the newest snapshot, "
+                               "else pretrained/digits.pt)")
     add("--ema", type=std, metavar="STD", help="EMA width (default: the widest in training)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--labels", nargs="+", help="classes to draw, by name or number "
@@ -274,7 +278,7 @@ def make_parser():
         help="guide for LO < sigma <= HI (default: at all noise levels)")
     add("--out", type=path_type,
         help="FILE.png: a grid; FILE.npz: arr_0 and labels; no suffix: a directory for PNGs "
-             "named by seed (default: grid.png in the run directory)")
+             "named by seed (default: grid.png in the run directory, or in out/)")
     add("--gif", action="store_true", help="also write the grid as an animation of the denoising")
     add("--precision", choices=PRECISIONS, default="auto",
         help="(default: bfloat16 on GPUs that have it)")
@@ -358,11 +362,14 @@ def main():
     with together():
         args = make_parser().parse_args()
         device = choose_device(args.device)
-        run = Path(args.run or newest_run())
+        run = args.run or newest_run()
+        if not args.run:
+            warn(f"drawing from {run}")
         denoiser, facts, denoise = load_networks(args, run, device)
         homes = [path for path in (run, *run.parents)
                  if path.is_dir() and path.name not in ("ema", "posthoc")]
-        args.out = args.out or homes[0] / "grid.png"
+        home = Path("out") if run.parent == PRETRAINED else homes[0]
+        args.out = args.out or home / "grid.png"
         rows = choose_rows(args, facts, denoiser.net.config.num_classes)
         total = args.count or len(rows) * args.columns
         check_out(args, total, denoiser.net.config, facts["latent"])

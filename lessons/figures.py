@@ -128,8 +128,8 @@ def train_briefly(denoiser, rate, steps, force=True, watch=lambda denoiser: None
         watch(denoiser)
 
 
-def magnitudes(out, snapshot):
-    """Token RMS block by block, at initialisation and after 60 steps: plain, mp, and mp without one ingredient."""
+def magnitudes(out, snapshot, steps=60):
+    """Token RMS block by block, at initialisation and after some steps: plain, mp, and mp without one ingredient."""
     config = DiTConfig(depth=8, width=32, heads=2).for_data(8, 1, 10)
     blocks = {"plain": None, "mp": MPBlock, "mp, sums only add": AddingBlock, "mp, SiLU as it is": ShrinkingBlock,
               "mp, rows free": FreeBlock}
@@ -142,11 +142,11 @@ def magnitudes(out, snapshot):
             denoiser.net = DiT(config, (MPInput, Block, MPOutput))
         batch = next(batches(1, size=256, seed=1))
         first[name] = token_rms(denoiser, batch)
-        train_briefly(denoiser, 0.002 if plain else 0.03, 60, force=Block is not FreeBlock)
+        train_briefly(denoiser, 0.002 if plain else 0.03, steps, force=Block is not FreeBlock)
         last[name] = token_rms(denoiser, batch)
-        print(f"{name:20} after block 8: {first[name][-1][1]:8.2f} at first, {last[name][-1][1]:8.2f} after 60 steps")
+        print(f"{name:20} after block 8: {first[name][-1][1]:8.2f} at first, {last[name][-1][1]:8.2f} after {steps} steps")
     save_plot(out / "magnitudes-first.svg", first, "block", "token RMS at initialisation")
-    save_plot(out / "magnitudes-trained.svg", last, "block", "token RMS after 60 steps")
+    save_plot(out / "magnitudes-trained.svg", last, "block", f"token RMS after {steps} steps")
     a, b = torch.randn(2, 1000, 512)
     for name, other in (("another tensor", b), ("itself", a), ("its negative", -a)):
         print(f"mp_sum of a tensor and {name}: RMS {mp_sum(a, other, t=0.5).square().mean().sqrt():.3f}")
@@ -154,8 +154,8 @@ def magnitudes(out, snapshot):
 
 # ---- forced weights ----
 
-def weights(out, snapshot):
-    """A row of two weights over 40 steps; row lengths and angles of a real network over 300."""
+def weights(out, snapshot, steps=300):
+    """A row of two weights over 40 steps; row lengths and angles of a real network over more."""
     paths = {}
     for force in (False, True):
         torch.manual_seed(2)
@@ -184,16 +184,15 @@ def weights(out, snapshot):
         def watch(denoiser):
             rows.append(matrix.detach().clone())
 
-        train_briefly(denoiser, 0.1, 300, force, watch)
+        train_briefly(denoiser, 0.1, steps, force, watch)
         for before, after in zip(rows, rows[1:]):
             cosine = F.cosine_similarity(before.double(), after.double(), dim=1).clamp(max=1)
             seen.append(math.degrees(cosine.acos().mean()))
         name = "forced" if force else "not forced"
-        steps = range(2, 301)
-        lengths[name] = [(step, row.square().mean(1).sqrt().mean().item()) for step, row in zip(steps, rows[1:])]
+        lengths[name] = [(step, row.square().mean(1).sqrt().mean().item()) for step, row in enumerate(rows, 1)]
         means = np.convolve(seen, np.ones(10) / 10, mode="valid")  # over ten steps
-        angles[name] = list(zip(range(11, 301), means))
-        print(f"{name:10}: row RMS {lengths[name][-1][1]:.2f} after 300 steps, "
+        angles[name] = list(enumerate(means, 11))
+        print(f"{name:10}: row RMS {lengths[name][-1][1]:.2f} after {steps} steps, "
               f"a step turns a row by {angles[name][20][1]:.2f}° at step 30 and {angles[name][-1][1]:.2f}° at the end")
         if not force:
             cosines = [F.cosine_similarity(b - a, a, dim=1).mean().item() for a, b in zip(rows, rows[1:])]
@@ -305,7 +304,7 @@ def euler_steps(denoise, noise, labels, steps):
 
 
 @torch.no_grad()
-def sampling(out, snapshot):
+def sampling(out, snapshot, most=63):
     """Two pixels on their way from noise to image, without and with guidance; errors of Euler and Heun."""
     denoiser, _ = load_denoiser(snapshot, CPU)
     torch.manual_seed(0)
@@ -323,8 +322,8 @@ def sampling(out, snapshot):
     save_panels(out / "sampling-paths.svg", panels)
 
     start, labels = torch.randn(20, 1, 8, 8), torch.arange(20) % 10
-    exact, errors = heun_sampler(denoiser, start, labels, steps=128), {"Euler": [], "Heun": []}
-    for calls in (5, 9, 17, 35, 63):
+    exact, errors = heun_sampler(denoiser, start, labels, steps=2 * most), {"Euler": [], "Heun": []}
+    for calls in filter(lambda calls: calls <= most, (5, 9, 17, 35, 63)):
         for name, x in (("Euler", euler_steps(denoiser, start, labels, calls)),
                         ("Heun", heun_sampler(denoiser, start, labels, steps=(calls + 1) // 2))):
             errors[name].append((math.log2(calls), (x - exact).square().mean().sqrt().item()))

@@ -6,6 +6,7 @@ import torch
 
 from data import load_dataset
 from helpers import CPU, ROOT, close
+from lessons import figures
 from lessons.tiny import training_step
 from model import DiTConfig
 from train import TrainConfig, accumulate_gradients, build, draw_step, optimizer_step, prepare_batch
@@ -51,3 +52,33 @@ def test_no_page_has_a_dead_link():
                 target = page.parent / path if path else page
                 assert target.exists(), f"{page}: {link}"
                 assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
+def test_the_readme_shows_the_step_that_the_lesson_takes():
+    text = (ROOT / "README.md").read_text()
+    step, = re.findall(r"```python\n(def training_step.*?)```", text, re.DOTALL)
+    assert step in (ROOT / "lessons" / "tiny.py").read_text()
+
+
+def test_each_lesson_draws_its_pictures_and_prints_its_numbers(tmp_path, capsys):
+    torch.manual_seed(0)
+    options = {"magnitudes": {"steps": 1}, "weights": {"steps": 33}, "sampling": {"most": 9}}
+    for name, draw in figures.LESSONS.items():
+        draw(tmp_path, ROOT / "pretrained" / "digits.pt", **options.get(name, {}))
+    drawn = {path.name for path in tmp_path.iterdir()}
+    shown = re.findall(r"\(\.\./images/lessons/(.*?)\)", (ROOT / "lessons" / "README.md").read_text())
+    assert drawn == set(shown) == {path.name for path in (ROOT / "images" / "lessons").iterdir()}
+    said = capsys.readouterr().out
+    assert "and itself: RMS 1.41" in said and "its negative: RMS 0.000" in said
+    lengths = re.findall(r"(?:not )?forced +: row RMS ([\d.]+)", said)
+    assert float(lengths[0]) == 1 < float(lengths[1])
+    assert "rotate: lengths × 1.00 to 1.00" in (tmp_path / "rotation.svg").read_text()
+
+
+def test_the_ideal_denoiser_is_the_mean_of_what_could_be_meant():
+    images, labels = torch.randn(6, 1, 2, 2), torch.tensor([0, 0, 0, 1, 1, 1])
+    denoise, x, sigma = figures.ideal(images, labels), torch.randn(2, 1, 2, 2), torch.tensor([1.3, 1e3])
+    found = denoise(x, sigma, torch.tensor([1, 0]))
+    likely = torch.stack([torch.distributions.Normal(image, 1.3).log_prob(x[0]).sum().exp() for image in images[3:]])
+    close(found[0], (likely.view(-1, 1, 1, 1) * images[3:]).sum(0) / likely.sum(), rtol=1e-4, atol=1e-5)
+    close(found[1], images[:3].mean(0), rtol=1e-2, atol=1e-2)  # all noise: any of the label
