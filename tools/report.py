@@ -165,9 +165,10 @@ def list_facts(run, config, lines, denoiser, facts):
     last = {name: value for line in lines for name, value in line.items()}
     pairs = [("trained", f"{last['step']:,} of {config.steps:,} steps of {config.batch:,} images"),
              ("on", f"{config.dataset}: {describe(facts)}"),
-             ("network", f"{config.model.block if hasattr(config.model, 'block') else config.variant}, "
+             ("network", f"{config.variant or config.model.block}, "
                          f"{sum(p.numel() for p in denoiser.parameters()):,} parameters")]
-    pairs += [(name, f"{last[name]:.4f}") for name in ("val_loss",) if name in last]
+    if "val_loss" in last:
+        pairs.append(("val_loss", f"{last['val_loss']:.4f}"))
     pairs += [(name, str(lines[0][name])) for name in ("commit", "torch", "hardware", "precision")]
     pairs += [("started from", f"{line['init']}, SHA-256 {line['sha256']}") for line in lines if "init" in line]
     pairs += [(f"changed at step {line['step']}", line["changed"]) for line in lines if "changed" in line]
