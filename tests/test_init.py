@@ -96,9 +96,12 @@ def test_a_run_starts_from_the_widest_average_at_rms_1(source, other, tmp_path, 
     assert line == {"step": 0, "init": str(path), "sha256": digest_of_source, "fresh": ["class new"]}
 
 
-def test_averages_start_from_the_source_too(source, tmp_path, monkeypatch):
+def test_the_first_step_finds_rows_of_rms_1_and_averages_alike(source, tmp_path, monkeypatch):
     def watch(config, dataset, denoiser, ema, optimizer, run):
         assert ema.step == 0
+        for module in denoiser.modules():
+            if isinstance(module, (MPLinear, MPEmbedding)):
+                close(module.weight.square().mean(1), torch.ones(len(module.weight)), rtol=0, atol=1e-5)
         for average in ema.averages.values():
             close(average.state_dict(), denoiser.state_dict(), rtol=0, atol=0)
         run.step = config.steps

@@ -45,7 +45,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def quick():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"STEPS": 3, "WIDTHS": (0.03, 0.09), "GUIDANCES": (1.0, 2.0),
+        for name, value in {"STEPS": 3, "WIDTHS": (0.03, 0.09), "GUIDANCES": (0.0, 1.0),
                             "SIGMAS": np.array([0.01, 1.0])}.items():
             patch.setattr(report, name, value)
         patch.setattr(train, "VALIDATION_PAIRS", train.VALIDATION_BATCH)
@@ -113,9 +113,10 @@ def test_each_slider_place_shows_its_own_picture(page):
         assert (picture(url) == np.asarray(Image.open(run / "samples" / f"{step:07d}.png"))).all()
     seeds = gallery(data, "same seeds")
     widths, guidances = ([float(value) for value in slider["values"]] for slider in seeds["sliders"])
-    assert widths == [0.05, 0.09, 0.1] and guidances == [1, 2]
+    assert widths == [0.05, 0.09, 0.1] and guidances == [0, 1]
+    assert seeds["sliders"][1]["start"] == 1 and grids["sliders"][0]["start"] == 1  # no guidance, the last step
     labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    for std, guidance in ((0.05, 2.0), (0.09, 2.0), (0.1, 1.0)):
+    for std, guidance in ((0.05, 0.0), (0.09, 1.0), (0.1, 1.0)):
         denoiser, facts = load_denoiser(run, CPU, std)
         expected = sample(denoiser, facts, labels, range(9), denoise=guided(denoiser, guidance), steps=3)
         place = widths.index(std) * len(guidances) + guidances.index(guidance)
