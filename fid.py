@@ -10,6 +10,7 @@ same reference and from the same number of images.
     python fid.py stats A --out=FILE.npz          # save the Gaussian of one, mu and sigma, as other
                                                   # FID tools do
     python fid.py sweep RUN --std 0.03 0.05 0.1   # distance of a run to its dataset, by EMA width
+                  --guidance 1 1.5 2              # and by guidance, always from the same seeds
 
 A source is a set that data.py prepared, a folder, zip or npz of images as they are, an npz of
 statistics (mu, sigma), or a run directory or snapshot, from which samples are drawn, in float32.
@@ -296,16 +297,18 @@ def save_statistics(path, found):
         np.savez(file, **arrays)
 
 
-def open_run(run, args, device, std):
+def open_run(run, args, device, std, guidance):
     """Samples of a run as Images, or None if `run` is no run directory, folder of snapshots or
-    snapshot. Sample i comes from seed args.seed + i; classes are as frequent as in its data."""
+    snapshot. Sample i comes from seed args.seed + i; classes are as frequent as in its data.
+    Raises UserError unless all of args.guidance can be used."""
     if not ((Path(run) / "ema").is_dir() or list_snapshots(run) or Path(run).suffix == ".pt"):
         return None
     denoiser, facts = load_denoiser(run, device, std)
     config = denoiser.net.config
     decode = load_decoder(facts, config.channels, device)
-    check_guidance(config, facts, args.guidance)
-    denoise = guided(denoiser, args.guidance)
+    for strength in args.guidance:
+        check_guidance(config, facts, strength)
+    denoise = guided(denoiser, guidance)
 
     def draw(numbers):
         seeds = [args.seed + number for number in numbers]
@@ -390,8 +393,8 @@ def make_parser():
         help="seed of the first of them (default: 0)")
     add("--ema", type=std, metavar="STD",
         help="EMA width to draw them with (default: the widest in training)")
-    add("--guidance", type=between(float, 0, 1e6), default=1.0,
-        help="guidance to draw them with (default: 1, none)")
+    add("--guidance", type=between(float, 0, 1e6), nargs="+", default=[1.0],
+        help="guidance to draw them with, for a sweep one or several (default: 1, none)")
     add("--batch", type=between(int, 1, 65536), default=128, help="images at once (default: 128)")
     add("--device", default="", help="cuda, mps or cpu (default: the best there is)")
     add("--out", type=path_type, metavar="FILE.npz", help="stats: where they go")
@@ -414,6 +417,8 @@ def parse_arguments():
         args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.command == "sweep" and not args.std:
         raise UserError("sweep needs --std")
+    if args.command != "sweep" and len(args.guidance) > 1:
+        raise UserError("--guidance: only sweep takes several")
     if args.plot and args.plot.suffix != ".svg":
         raise UserError(f"--plot: {args.plot} is not the name of a .svg file")
     return args
@@ -429,7 +434,8 @@ def main():
             names = [args.reference or dataset_of(args.sources[0]), args.sources[0]]
             widths = [args.ema, args.std[0]]
         features = load_features(args.features, args.weights, device)
-        runs = [open_run(name, args, device, std) for name, std in zip(names, widths)]
+        runs = [open_run(name, args, device, std, args.guidance[0])
+                for name, std in zip(names, widths)]
         if args.command == "sweep" and not runs[1]:
             raise UserError(f"{names[1]} is no run directory to sweep")
         shape = next((run.shape for run in runs if run), None)
@@ -450,18 +456,25 @@ def main():
         print(f"{distance(first, measure(names[1], sources[1]), names):.6g}")
     else:
         del runs, sources  # one network at a time: two may not fit a GPU
-        points = []
+        distances = {}  # by EMA width and guidance
+        heads = [f"guidance {strength:g}" for strength in args.guidance]
+        print("EMA width" + "".join(head.rjust(15) for head in heads))
         for std in args.std:
-            run = open_run(names[1], args, device, std)
-            points.append((std, distance(measure(names[1], run), first, names[::-1])))
-            print(f"EMA width {std:0<5}  distance {points[-1][1]:.6g}", flush=True)
-            del run
-        best, _ = min(points, key=lambda point: point[1])
-        print(f"best: EMA width {best:0<5}")
+            row = f"{std:0<5}".ljust(9)
+            for strength in args.guidance:
+                run = open_run(names[1], args, device, std, strength)
+                distances[std, strength] = distance(measure(names[1], run), first, names[::-1])
+                row += f"{distances[std, strength]:15.6g}"
+                del run
+            print(row, flush=True)  # whole, since progress on stderr would overwrite a part
+        std, strength = min(distances, key=distances.get)
+        print(f"best: EMA width {std:0<5}, guidance {strength:g}")
         if args.plot and rank() == 0:
             from tools.plots import save_plot
-            curve = {f"to {names[0]}": sorted(points)}
-            save_plot(args.plot, curve, "EMA width", f"Fréchet distance, {args.features}")
+            curves = {head: [(std, distances[std, strength]) for std in sorted(args.std)]
+                      for head, strength in zip(heads, args.guidance)}
+            save_plot(args.plot, curves, "EMA width",
+                      f"Fréchet distance to {names[0]}, {args.features}")
             print(args.plot)
     leave_processes()
 

@@ -34,7 +34,8 @@ from plumbing.processes import (PRECISIONS, choose_device, join_processes, leave
                                 use_compile, world_size)
 from plumbing.run import Run, lock_run
 from plumbing.snapshots import save_snapshot
-from sample import sample
+from plumbing.transfer import transfer
+from sample import find_snapshot, read_info, sample
 
 
 @dataclass
@@ -49,6 +50,8 @@ class TrainConfig(Configuration):
     dataset: str = key(
         "digits", "what to train on: name or directory of a set that data.py prepared",
         resumable=True)
+    init: str = key(
+        "", "run directory or snapshot whose averaged weights to start from (empty: random ones)")
     flip: bool = key(
         False, "mirror half of the images, at random")
     seed: int = key(
@@ -108,7 +111,8 @@ class TrainConfig(Configuration):
 
     def __post_init__(self):
         super().__post_init__()
-        self.out, self.dataset = map(os.path.expanduser, (self.out, self.dataset))
+        for name in ("out", "dataset", "init"):
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
         if len({round(std, 3) for std in self.ema_stds}) < len(self.ema_stds):
             raise ValueError(f"ema_stds: {list(self.ema_stds)} must differ in three decimals")
 
@@ -246,6 +250,27 @@ def build(config, device, bfloat16=False):
         config, "learning_rate", "warmup_steps", "schedule", "decay_steps", "matrix_rate")
     ema = PowerEMA(denoiser, config.ema_stds, id=id)
     return denoiser, ema, optimizer
+
+
+def start_from(path, denoiser, ema, run):
+    """Give a new run the averaged weights of another run, or of a snapshot, as far as they fit.
+    What does not fit starts fresh and is listed in one line. Raises UserError.
+    Why: what a network knows of one set of images helps it with another, so that fewer steps and
+    images are enough."""
+    path = Path(path)
+    with reading(path, ValueError):
+        snapshot = find_snapshot(path, None)
+        info = read_info(snapshot)
+    names = run.facts["classes"] if run.config.model.num_classes else []
+    their_names = info["data"]["classes"] if info["model"].get("num_classes") else []
+    fresh = transfer(denoiser.state_dict(), snapshot["weights"], names, their_names)
+    force_weight_normalization(denoiser)  # rows of averages are shorter
+    for average in ema.averages.values():
+        average.load_state_dict(denoiser.state_dict())
+    if rank() == 0:
+        run.log(init=str(path), sha256=snapshot["sha256"], fresh=fresh)
+    more = f" and {len(fresh) - 20} more" if len(fresh) > 20 else ""
+    print(f"starts from {path}; fresh: {', '.join(fresh[:20]) or 'nothing'}{more}", flush=True)
 
 
 def train(config, dataset, denoiser, ema, optimizer, run):
@@ -416,6 +441,9 @@ def main():
     parts = {"weights": denoiser, "ema": ema, "optimizer": optimizer}
     run = Run(config, dataset.facts, describe, lock, parts, compiles, **provenance(device),
               precision="bfloat16" if bfloat16 else "float32")
+    if config.init and run.step == 0:
+        with together():
+            start_from(config.init, denoiser, ema, run)
     parameters = sum(p.numel() for p in denoiser.parameters())
     print(f"{parameters:,} parameters, {len(dataset):,} images, {device.type} x {world_size()}, "
           f"steps {run.step} to {config.steps}"

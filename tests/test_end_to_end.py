@@ -14,7 +14,7 @@ from PIL import Image
 
 import train
 from data import load_dataset
-from helpers import ROOT, TINY, Job, close, done, log, make_set, run, same_losses
+from helpers import ROOT, TINY, Job, call, close, done, log, make_set, run, same_losses
 from plumbing.config import load_config
 from plumbing.files import load_file
 
@@ -115,12 +115,22 @@ def test_distance_of_a_run_is_that_of_its_samples_to_its_data(trained, tmp_path)
     assert wide == same
 
 
-def test_a_sweep_prints_its_table_and_draws_it(trained, tmp_path):
-    options = ["--features=pixels", "--count=30", f"--plot={tmp_path / 'sweep.svg'}"]
-    first, second, *_ = done("fid.py", "sweep", trained[0], "--std", "0.1", "0.05", *options).stdout.splitlines()
-    assert first.startswith("EMA width 0.100  distance ") and (tmp_path / "sweep.svg").read_text().startswith("<svg")
-    single = done("fid.py", "compare", trained[0], "digits", "--ema=0.05", *options[:2]).stdout
-    assert second == f"EMA width 0.050  distance {single.strip()}"
+def test_each_cell_of_a_sweep_is_the_distance_compare_gives(trained, tmp_path):
+    plot, options = tmp_path / "sweep.svg", ["--features=pixels", "--count=30", "--seed=3"]
+    sweep = ["fid.py", "sweep", trained[0], "--std", "0.1", "0.05", *options, f"--plot={plot}"]
+    result = done(*sweep, "--guidance", "1", "2.5")
+    head, *rows, best, name = result.stdout.splitlines()
+    assert re.split(" {2,}", head) == ["EMA width", "guidance 1", "guidance 2.5"] and name == str(plot)
+    table = {std: list(map(float, values)) for std, *values in map(str.split, rows)}
+    assert list(table) == ["0.100", "0.050"] and len({value for row in table.values() for value in row}) == 4
+    single = done("fid.py", "compare", trained[0], "digits", "--ema=0.05", "--guidance=2.5", *options)
+    assert float(single.stdout) == table["0.050"][1]
+    (std, row), = ((std, row) for std, row in table.items() if min(row) == min(map(min, table.values())))
+    assert best == f"best: EMA width {std}, guidance {('1', '2.5')[row.index(min(row))]}"
+    drawn = plot.read_text()
+    assert drawn.startswith("<svg") and all(f">guidance {strength}<" in drawn for strength in ("1", "2.5"))
+    result = call("fid.py", "compare", trained[0], "digits", *options, "--guidance", "1", "2")
+    assert result.returncode == 2 and result.stderr == "fid.py: --guidance: only sweep takes several\n"
 
 
 @pytest.mark.parametrize("command", ["fid.py compare digits digits --features=pixels", "train.py --help"])

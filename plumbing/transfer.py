@@ -1,0 +1,36 @@
+"""The weights of one network put into another, as far as they fit. Nothing here is about diffusion, and it imports
+nothing of ours."""
+
+import torch
+
+
+def rows_by_class(table, classes):
+    """{name of a class: its vector}, all of them views of `table`; the null label's name is None. A table has a row for
+    each class and one for the null label; or, as a linear layer that reads one-hot labels, a column for each class."""
+    names = [*classes, None]
+    rows = table if len(table) == len(names) else table.T
+    return dict(zip(names, rows))
+
+
+@torch.no_grad()
+def transfer(weights, source, classes, source_classes):
+    """Copy into `weights`, in place, what fits of `source`; both are state_dicts.
+
+    A tensor fits one of the same name and shape. In tables of classes, whose names end in label.weight, each class
+    takes the vector of the class with the same name. classes, source_classes: the names of the classes of both, in the
+    order of their labels. Returns a list of what stays as it was: names of tensors and of classes.
+    Why by name: the third class of another set shows something else."""
+    fresh = []
+    for name, tensor in weights.items():
+        if name.endswith("label.weight") and name in source:
+            theirs = rows_by_class(source[name], source_classes)
+            for label, row in rows_by_class(tensor, classes).items():
+                if label in theirs and theirs[label].shape == row.shape:
+                    row.copy_(theirs[label])
+                else:
+                    fresh.append("the null label" if label is None else f"class {label}")
+        elif name in source and source[name].shape == tensor.shape:
+            tensor.copy_(source[name])
+        else:
+            fresh.append(name)
+    return fresh
