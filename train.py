@@ -254,7 +254,10 @@ def train(config, dataset, denoiser, ema, optimizer, run):
     averages, then what is due. Why in this order: averages and files see only weights of RMS 1, and a state
     holds whole steps and nothing else."""
     device = next(denoiser.parameters()).device
-    model = DistributedDataParallel(denoiser) if world_size() > 1 else denoiser
+    model = denoiser
+    if world_size() > 1:
+        model = DistributedDataParallel(denoiser)
+        model.broadcast_buffers = False  # they are constants; torch 2.13 warns of the argument
     average = ema.averages[min(config.ema_stds)]  # the narrowest lags least behind the training
     batches = feed_micro_batches(config, dataset, run.step, device)
 

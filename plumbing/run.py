@@ -9,7 +9,9 @@ here is about diffusion: what a state consists of is passed in.
         if "save" in due:
             run.save()
 
-All processes have a Run, and all go through the same steps; only the first one writes.
+All processes have a Run, and all go through the same steps; only the first one writes. Besides gradients, a step
+sends one number between them: how many signals have asked to stop. No step waits for it, since it is read one step
+later. Losses and errors are sent only when something is due.
 """
 
 import json
@@ -23,7 +25,7 @@ from pathlib import Path
 from plumbing.command import UserError, differences, reading, status, warn
 from plumbing.config import flatten, resumable_keys, with_newer_keys
 from plumbing.files import atomic_file, load_file, save_file
-from plumbing.processes import exchange, rank, sum_over_processes, together, world_size
+from plumbing.processes import begin_sum, exchange, rank, sum_over_processes, together, world_size
 from plumbing.snapshots import list_snapshots
 
 DUE = ("log", "val", "snapshot", "sample", "save")  # each has a key, log_every and so on
@@ -94,6 +96,7 @@ class Run:
         self.step, self.saved = 0, {"config": flatten(config), "sha256": ""}
         self.losses = {"sum": 0.0, "finite": 0.0, "not finite": 0.0}  # since the last line of the log
         self.signals, self.stopping, self.compiles = [], False, compiles
+        self.wishes = lambda: 0  # how many signals all processes together had got by the end of the step before
         self.seconds, self.timed = 0.0, 0  # that the last `timed` steps took together
         self.lock = lock
         with together():
@@ -195,7 +198,7 @@ class Run:
         self.losses["not finite"] += 1 - finite
         self.show_progress("log" in due, last)
 
-        self.stopping = sum_over_processes([len(self.signals)])[0] > 0
+        self.stopping = self.is_asked_to_stop(last)
         if self.stopping:
             due.add("save")
         if due:
@@ -207,6 +210,16 @@ class Run:
                      "such a step has no gradient")
             self.losses = dict.fromkeys(self.losses, 0.0)
         return due
+
+    def is_asked_to_stop(self, last):
+        """Whether a signal asks to stop; one to any of several processes counts from the next step on, for all of them
+        at once. Why so late: whether another got one takes a round trip to know, and no step shall wait for it."""
+        if world_size() == 1:
+            return bool(self.signals)
+        stopping = self.wishes() > 0
+        if not stopping and not last:  # all sums that are begun are read before a process leaves
+            self.wishes = begin_sum(len(self.signals))
+        return stopping
 
     def share_losses(self, loss):
         """Make the losses since the last line of the log the means over all processes."""

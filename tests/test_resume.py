@@ -7,11 +7,15 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import load_dataset
@@ -101,6 +105,32 @@ def test_a_signal_to_one_ends_all_after_their_step(whole, tmp_path, processes, n
     assert f"stopped after step {step}, saved" in result.stdout and not result.stderr
     done(*words(tmp_path, 40, "--micro_batch=8"))
     assert same_losses(tmp_path, whole)
+
+
+def tell_messages():
+    """Have the second process tell on stderr when its steps end, and what it sends and waits for."""
+    def told(word, function):
+        def wrapper(*args, **options):
+            if os.environ["RANK"] == "1":
+                print(word, end=" ", file=sys.stderr)
+            result = function(*args, **options)
+            if options.get("async_op"):
+                result = SimpleNamespace(wait=told("wait", result.wait))
+            return result
+
+        return wrapper
+
+    train.optimizer_step = told("step", train.optimizer_step)
+    DistributedDataParallel._sync_buffers = told("buffers", DistributedDataParallel._sync_buffers)
+    for name in ("all_gather", "all_reduce"):
+        setattr(dist, name, told(name, getattr(dist, name)))
+
+
+def test_a_step_sends_one_wish_that_it_does_not_wait_for(tmp_path):
+    command = words(tmp_path, 4, "--log_every=9", "--save_every=9", "--val_every=9", "--micro_batch=4")
+    result = Job(command, command, setup=tell_messages).finish()
+    assert result.returncode == [0, 0] and "step all_reduce step wait all_reduce step wait all_reduce step wait " in \
+        result.stderr, result.stderr
 
 
 def test_a_second_signal_ends_a_step_that_takes_long(tmp_path):
