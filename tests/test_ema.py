@@ -8,7 +8,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ema import PowerEMA, inner_products, reconstruct, solve_coefficients, std_to_gamma
-from plumbing.files import load_file, save_file
+from plumbing.files import digest, load_file, save_file
 from plumbing.snapshots import list_snapshots, load_snapshots, save_snapshot
 
 
@@ -101,6 +101,9 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path):
     places = [(flips.randrange(len(whole)), 1 << flips.randrange(8)) for _ in range(60)]
     flipped = [whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:] for at, bit in places]
     assert refusal(whole) is None and sum(refusal(content) is not None for content in flipped) > 10
+    assert "KeyError" in refusal(good)  # its digest is lost
+    good |= {"sha256": digest(saved)}
+    assert refusal(good) is None  # as older code wrote it
     reshaped = weights | {"w": weights["w"].reshape(3, 2)}
     for content, message in ((whole[:-200], "damaged"), (b"", "damaged"), ([1], "damaged"), ({"code": path}, "damaged"),
                              ({"weights": {}}, "another version"), (good | {"format": 99}, "another version"),
