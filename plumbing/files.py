@@ -5,12 +5,21 @@ import hashlib
 import os
 import socket
 import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 FORMAT = 4  # of .pt files; in earlier ones the same weights meant something else
+DIGEST = "archive/sha256"  # the entry of a .pt file that holds the digest of the others
+
+
+def flush(file):
+    """Wait until what was written to a file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager
@@ -20,10 +29,9 @@ def atomic_file(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.writing")
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "w+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         os.replace(beside, path)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind a RuntimeError
@@ -55,13 +63,21 @@ def digest(value, sha=None):
 
 
 def save_file(path, content):
-    """Write a dict of plain values and tensors, with a format number and its digest. Raises ValueError for others."""
-    try:
-        sha256 = digest(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    with atomic_file(path) as file:
-        torch.save({"format": FORMAT, "sha256": sha256} | content, file)
+    """Write a dict of plain values and tensors, with a format number and its digest. Raises ValueError for others.
+    Why the digest is the last entry of the file, which is a zip: so that a second thread can compute it while the
+    others are written, and on their way to the disk."""
+    with ThreadPoolExecutor(1) as pool, atomic_file(path) as file:
+        hashing = pool.submit(digest, content)
+        try:
+            torch.save({"format": FORMAT} | content, file)
+            flush(file)
+        finally:
+            try:
+                sha256 = hashing.result()
+            except ValueError as error:  # says more than torch.save, if that failed too
+                raise ValueError(f"{path}: {error}") from None
+        with zipfile.ZipFile(file, "a") as entries:
+            entries.writestr(DIGEST, sha256)
 
 
 def load_file(path, mmap=False):
@@ -73,7 +89,10 @@ def load_file(path, mmap=False):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if content.pop("format", 1) != FORMAT:
             raise ValueError("was written by another version of this code; train again")
-        sha256 = content.pop("sha256")
+        sha256 = content.pop("sha256", None)  # where older code wrote it
+        if sha256 is None:
+            with zipfile.ZipFile(path) as entries:
+                sha256 = entries.read(DIGEST).decode()
         if sha256 != digest(content):
             raise ValueError("damaged: its contents do not fit their SHA-256")
     except Exception as error:  # for a damaged file torch raises all sorts of exceptions

@@ -37,13 +37,20 @@ def choose_device(name=""):
     return device
 
 
+def has_bfloat16(device):
+    """Whether the device computes in bfloat16 rather than emulating it; True where torch cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # torch 2.6 cannot tell
+    return not able or any(has for name, has in able.items() if "bf16" in name)
+
+
 def use_bfloat16(precision, device):
     """Whether the network runs in bfloat16: for "auto" on GPUs that have it. Warns where it would only be emulated."""
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    if precision == "bfloat16" and able and not any(has for name, has in able.items() if "bf16" in name):
-        warn("warning: this CPU has no bfloat16, and emulating it is very slow")
+        return device.type == "cuda" and has_bfloat16(device)
+    if precision == "bfloat16" and not has_bfloat16(device):
+        warn("warning: this processor has no bfloat16, and emulating it is very slow")
     return precision == "bfloat16"
 
 

@@ -113,6 +113,9 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path):
     places = [(flips.randrange(len(whole)), 1 << flips.randrange(8)) for _ in range(60)]
     flipped = [whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:] for at, bit in places]
     assert refusal(whole) is None and sum(refusal(content) is not None for content in flipped) > 10
+    assert "KeyError" in refusal(good)  # its digest is lost
+    good |= {"sha256": digest(saved)}
+    assert refusal(good) is None  # as older code wrote it
     reshaped = weights | {"w": weights["w"].reshape(3, 2)}
     for content, message in ((whole[:-200], "damaged"), (b"", "damaged"), ([1], "damaged"), ({"code": path}, "damaged"),
                              ({"weights": {}}, "another version"), (good | {"format": 99}, "another version"),
