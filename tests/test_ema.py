@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from ema import PowerEMA, inner_products, plan, reconstruct, solve_coefficients, std_to_gamma
 from helpers import call
-from plumbing.files import load_file, save_file
+from plumbing.files import digest, load_file, save_file
 from plumbing.snapshots import list_snapshots, load_snapshots, save_snapshot
 
 
