@@ -276,8 +276,8 @@ def start_from(path, denoiser, ema, run):
 def train(config, dataset, denoiser, ema, optimizer, run):
     """Take the steps that are left of a run. All processes do this; the first one writes.
     One step: draw, gradients over the micro-batches, optimizer, weights forced back to RMS 1,
-    averages, then what is due. Why in this order: averages and files see only weights of RMS 1, and a state
-    holds whole steps and nothing else."""
+    averages, then what is due. Why in this order: averages and files see only weights of RMS 1,
+    and a state holds whole steps and nothing else."""
     device = next(denoiser.parameters()).device
     model = denoiser
     if world_size() > 1:
