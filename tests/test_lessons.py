@@ -70,7 +70,7 @@ def test_each_lesson_draws_its_pictures_and_prints_its_numbers(tmp_path, capsys)
     assert drawn == set(shown) == {path.name for path in (ROOT / "images" / "lessons").iterdir()}
     said = capsys.readouterr().out
     assert "and itself: RMS 1.41" in said and "its negative: RMS 0.000" in said
-    lengths = re.findall(r"(?:not )?forced +: row RMS ([\d.]+)", said)
+    lengths = re.findall(r"(?:not )?forced *: row RMS ([\d.]+)", said)
     assert float(lengths[0]) == 1 < float(lengths[1])
     assert "rotate: lengths × 1.00 to 1.00" in (tmp_path / "rotation.svg").read_text()
 
