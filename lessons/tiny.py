@@ -17,7 +17,7 @@ def training_step(denoiser, optimizer, rate, images, labels, sigma, noise):
     (loss * images[0].numel()).backward()  # a sum over channels and pixels
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
-    force_weight_normalization(denoiser)  # rows back to RMS 1, so that only their directions have changed
+    force_weight_normalization(denoiser)  # rows back to RMS 1: only directions change
     return loss.item()
 
 
