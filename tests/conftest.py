@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, which reads it: on busy cores threads wait for each other
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 
@@ -23,4 +22,5 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(autouse=True)
 def seed():
+    import torch
     torch.manual_seed(0)
