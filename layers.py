@@ -3,9 +3,9 @@
 normalize, rotate, mp_cat and MPEmbedding do so exactly; the others in expectation, for independent
 and roughly normal inputs, which the network has at initialisation. Attention averages its values,
 which lowers their RMS, and scale, shift and gate may change it. In training, branches come to agree
-with what they are added to, so tokens do grow, to an RMS of 2 or 3 on small sets; weights do not.
-Rows of weights are stored at RMS 1 and used at length 1. Since they cannot grow, a learning rate
-turns a row by the same angle in every layer and at any time.
+with what they are added to, so tokens do grow, to an RMS of 1.2 to 2.5 on small sets; weights do
+not. Rows of weights are stored at RMS 1 and used at length 1: no step turns a row by less because
+the row has grown.
 
 Sources: [EDM2] Karras et al. 2024, arXiv 2312.02696; [MaP-DiT] Bill et al. 2025, arXiv 2505.19122.
 Read this file first, then model.py. It needs torch only: copy what you like, each definition names

@@ -410,8 +410,8 @@ class DiTConfig(NetworkConfig):
 # | MaP-DiT: q and k normalised                       | q, k and v, as in EDM2: no token's value   |
 # |                                                   | may dominate                               |
 # | MaP-DiT: t = 0.3 in residual sums, at any depth   | 0.6/sqrt(depth): the input keeps its share |
-# | MaP-DiT: positions as in DiT, at RMS 1            | centred over tokens first: 83 to 94% of    |
-# |                                                   | their power is common to all tokens        |
+# | MaP-DiT: positions as in DiT, at RMS 1            | centred over tokens first: with 4x4 tokens |
+# |                                                   | 83 to 94% of their power is common to all  |
 # | MaP-DiT: tokens enter the output as they are      | scaled to RMS 1 first, for a lower loss    |
 # | MaP-DiT: noise level by 256 features, two linears | `width` features, one linear, as in EDM2   |
 # | MaP-DiT: neighbouring channels make a plane       | channels i and i + D/2                     |

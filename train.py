@@ -34,7 +34,7 @@ from plumbing.processes import (PRECISIONS, choose_device, join_processes, leave
                                 use_compile, world_size)
 from plumbing.run import Run, lock_run
 from plumbing.snapshots import save_snapshot
-from plumbing.transfer import transfer
+from plumbing.transfer import must_agree, transfer
 from sample import find_snapshot, read_info, sample
 
 
@@ -119,8 +119,9 @@ class TrainConfig(Configuration):
 
 def learning_rate(step, config):
     """Linear warm-up, a plateau at alpha_ref, then 1/sqrt decay [EDM2, Eq. 67]; step from 0.
-    Or a linear decay to 0 over the whole run. Why: the weights of a plain network grow, so that a
-    step turns them less and less; rows of RMS 1 turn as far as the rate says to the end."""
+    Or a linear decay to 0 over the whole run, which more steps, when resuming, take up at the rate
+    that a longer run would have there. Why: the weights of a plain network grow, so that a step
+    turns them less and less; rows of RMS 1 do not, so their schedule must do it."""
     rate = config.learning_rate * min((step + 1) / (config.warmup_steps + 1), 1)
     if config.schedule == "linear":
         return rate * (1 - step / config.steps)
@@ -243,7 +244,11 @@ def build(config, device, bfloat16=False):
     groups = list(groups.values())
     if config.optimizer == "muon":
         from variants.muon import MuonAndAdam
-        optimizer = MuonAndAdam(groups, denoiser.net.matrices, config.matrix_rate)
+        matrices = denoiser.net.matrices
+        if any(lr_scale.get(p, 1) != 1 for p in matrices):
+            raise UserError("optimizer: muon's updates are alike at every width, and this variant "
+                            "has rates of its own for its matrices; use adam")
+        optimizer = MuonAndAdam(groups, matrices, config.matrix_rate)
     else:
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     id = experiment_id(
@@ -261,6 +266,9 @@ def start_from(path, denoiser, ema, run):
     with reading(path, ValueError):
         snapshot = find_snapshot(path, None)
         info = read_info(snapshot)
+        ours = {"variant": run.config.variant, **asdict(run.config.model)}
+        theirs = {"variant": info["variant"], **info["model"]}
+        must_agree(ours, theirs, ("variant", "block", "width", "heads", "modulation"))
     names = run.facts["classes"] if run.config.model.num_classes else []
     their_names = info["data"]["classes"] if info["model"].get("num_classes") else []
     fresh = transfer(denoiser.state_dict(), snapshot["weights"], names, their_names)

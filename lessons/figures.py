@@ -1,7 +1,7 @@
 """Draw the pictures of the lessons with the real code: `python -m lessons.figures rotation`, or `all`. Each lesson takes
 less than a minute of one core, and prints the numbers that its page quotes.
 
-The network of the pictures is pretrained/digits.pt, where a lesson needs a trained one; --snapshot names another."""
+Where a lesson needs a trained network, it is pretrained/digits.pt."""
 
 import math
 from pathlib import Path
@@ -20,6 +20,7 @@ from sample import guided, heun_sampler, heun_steps, load_denoiser, noise_levels
 from tools.plots import COLOURS, save_plot
 
 CPU = torch.device("cpu")
+SNAPSHOT = Path(__file__).parent.parent / "pretrained" / "digits.pt"
 
 
 def save_panels(path, panels):
@@ -128,10 +129,10 @@ def train_briefly(denoiser, rate, steps, force=True, watch=lambda denoiser: None
         watch(denoiser)
 
 
-def magnitudes(out, snapshot, steps=60):
+def magnitudes(out, steps=60):
     """Token RMS block by block, at initialisation and after some steps: plain, mp, and mp without one ingredient."""
     config = DiTConfig(depth=8, width=32, heads=2).for_data(8, 1, 10)
-    blocks = {"plain": None, "mp": MPBlock, "mp, sums only add": AddingBlock, "mp, SiLU as it is": ShrinkingBlock,
+    blocks = {"plain": None, "mp": MPBlock, "mp, without mp_sum": AddingBlock, "mp, SiLU as it is": ShrinkingBlock,
               "mp, rows free": FreeBlock}
     first, last = {}, {}
     for name, Block in blocks.items():
@@ -154,7 +155,7 @@ def magnitudes(out, snapshot, steps=60):
 
 # ---- forced weights ----
 
-def weights(out, snapshot, steps=300):
+def weights(out, steps=300):
     """A row of two weights over 40 steps; row lengths and angles of a real network over more."""
     paths = {}
     for force in (False, True):
@@ -204,7 +205,8 @@ def weights(out, snapshot, steps=300):
 
 # ---- rotation ----
 
-def rotation(out, snapshot):
+@torch.no_grad()
+def rotation(out):
     """A cloud of tokens turned, scaled and shifted; the angles that a trained network uses."""
     torch.manual_seed(0)
     cloud = torch.randn(1, 60, 2) * torch.tensor([1.2, 0.5])
@@ -212,27 +214,26 @@ def rotation(out, snapshot):
     for kind, gain in (("rotate", 0.9), ("scale", 0.6), ("shift", 1.0)):
         part = Modulation(2, {kind})
         part.gain.data.fill_(gain / part.linear(cond).abs().max().item())
-        with torch.no_grad():
-            after = part(cloud, cond)
+        after = part(cloud, cond)
         lengths = after.norm(dim=-1) / cloud.norm(dim=-1)
         title = f"{kind}: lengths × {lengths.min():.2f} to {lengths.max():.2f}"
         panels[title] = [("dots", "#80808080", cloud[0]), ("dots", COLOURS[len(panels)], after[0])]
     save_panels(out / "rotation.svg", panels)
 
-    denoiser, facts = load_denoiser(snapshot, CPU)
+    denoiser, facts = load_denoiser(SNAPSHOT, CPU)
     curves, labels = {}, torch.arange(len(facts["classes"]))
     for number, block in enumerate(denoiser.net.blocks, 1):
-        part = block.modulation1
-        place, points = list(part.sizes).index("rotate"), []
-        for c_noise in np.linspace(math.log(0.02) / 4, math.log(20) / 4, 30):
-            cond = denoiser.net.input(torch.zeros(len(labels), denoiser.net.config.tokens, 4),
-                                      torch.full((len(labels),), c_noise), labels)[1]
-            with torch.no_grad():
+        for branch, part in (("attention", block.modulation1), ("MLP", block.modulation2)):
+            place = list(part.sizes).index("rotate")
+            points = []
+            for c_noise in np.linspace(math.log(0.02) / 4, math.log(20) / 4, 30):
+                cond = denoiser.net.input(torch.zeros(len(labels), denoiser.net.config.tokens, 4),
+                                          torch.full((len(labels),), c_noise), labels)[1]
                 theta = part.linear(cond).split(list(part.sizes.values()), dim=-1)[place] * part.gain[place]
-            points.append((4 * c_noise / math.log(10), theta.square().mean().sqrt().item()))
-        curves[f"block {number}"] = points
-        print(f"block {number}: RMS angle before attention {max(y for _, y in points):.3f} at most")
-    save_plot(out / "rotation-learned.svg", curves, "log10 of sigma", "RMS angle before attention, in radians")
+                points.append((4 * c_noise / math.log(10), theta.square().mean().sqrt().item()))
+            curves[f"{branch} {number}"] = points
+            print(f"block {number}: RMS angle before the {branch} {max(y for _, y in points):.2f} at most")
+    save_plot(out / "rotation-learned.svg", curves, "log10 of sigma", "RMS angle before a branch, in radians")
 
 
 # ---- noise levels ----
@@ -250,10 +251,10 @@ def ideal(images, labels):
 
 
 @torch.no_grad()
-def noise(out, snapshot):
+def noise(out):
     """A digit at four noise levels; where training looks; the preconditioning; errors, and those of the ideal denoiser."""
     digits = load_dataset("digits")
-    denoiser, facts = load_denoiser(snapshot, CPU)
+    denoiser, facts = load_denoiser(SNAPSHOT, CPU)
     training, held_out = ((to_network(torch.tensor(part.images), facts), torch.tensor(part.labels))
                           for part in (digits, digits.holdout))
     torch.manual_seed(0)
@@ -281,7 +282,7 @@ def noise(out, snapshot):
         for name, model, (images, labels) in (
                 ("network, held out", denoiser, held_out), ("network, trained on", denoiser, training),
                 ("ideal, held out", by_heart, held_out), ("ideal, trained on", by_heart, training)):
-            images, labels = images[:100], labels[:100]
+            images, labels = images[:400], labels[:400]
             levels = torch.full((len(images),), x.exp().item())
             found = [weighted_error(model, images, labels, levels, torch.randn_like(images)).mean() for _ in range(3)]
             errors.setdefault(name, []).append((x.item(), np.mean(found)))
@@ -304,9 +305,9 @@ def euler_steps(denoise, noise, labels, steps):
 
 
 @torch.no_grad()
-def sampling(out, snapshot, most=63):
+def sampling(out, most=63):
     """Two pixels on their way from noise to image, without and with guidance; errors of Euler and Heun."""
-    denoiser, _ = load_denoiser(snapshot, CPU)
+    denoiser, _ = load_denoiser(SNAPSHOT, CPU)
     torch.manual_seed(0)
     start, labels, panels = torch.randn(12, 1, 8, 8), torch.full((12,), 3), {}
     for guidance in (1, 3):
@@ -335,7 +336,7 @@ def sampling(out, snapshot, most=63):
 
 # ---- averages ----
 
-def averages(out, snapshot):
+def averages(out):
     """Profiles of three widths; a width mixed from snapshots of two others; its error against their number."""
     t = np.linspace(0, 1, 101)
     profiles = {f"width {std}": [(x, (std_to_gamma(std) + 1) * x ** std_to_gamma(std)) for x in t]
@@ -377,8 +378,6 @@ LESSONS = {"magnitudes": magnitudes, "weights": weights, "rotation": rotation, "
 def main():
     parser = Parser(__doc__)
     parser.add_argument("name", choices=[*LESSONS, "all"], help="which lesson")
-    parser.add_argument("--snapshot", type=path_type, default=Path("pretrained/digits.pt"),
-                        help="the trained network (default: pretrained/digits.pt)")
     parser.add_argument("--out", type=path_type, default=Path("out/lessons"),
                         help="directory of the pictures (default: out/lessons)")
     args = parser.parse_args()
@@ -386,7 +385,7 @@ def main():
     torch.set_num_threads(1)
     for name, draw in LESSONS.items():
         if args.name in (name, "all"):
-            draw(args.out, args.snapshot)
+            draw(args.out)
     print(args.out)
 
 

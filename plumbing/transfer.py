@@ -12,6 +12,15 @@ def rows_by_class(table, classes):
     return dict(zip(names, rows))
 
 
+def must_agree(ours, theirs, names):
+    """Raise ValueError unless both networks, {name of a key: value}, agree in these keys: their tensors could have the
+    same names and shapes and mean something else."""
+    for name in names:
+        here, there = ours.get(name), theirs.get(name)
+        if here != there:
+            raise ValueError(f"is another network: {name} = {there!r}, here {here!r}")
+
+
 @torch.no_grad()
 def transfer(weights, source, classes, source_classes):
     """Copy into `weights`, in place, what fits of `source`; both are state_dicts.

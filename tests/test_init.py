@@ -10,7 +10,7 @@ import torch
 
 import train
 from data import load_dataset
-from helpers import TINY, Job, call, close, done, log, make_set, same_losses
+from helpers import ROOT, TINY, Job, call, close, done, log, make_set, same_losses
 from layers import MPEmbedding, MPLinear, force_weight_normalization
 from plumbing.files import digest, load_file
 from plumbing.transfer import transfer
@@ -151,9 +151,11 @@ def test_two_processes_start_from_a_source_as_one_does(source, other, tmp_path):
 
 @pytest.mark.parametrize("path, said", [
     ("nowhere", "nowhere: there is no such file"), ("SOURCE/state.pt", "is not the snapshot of a denoiser"),
-    ("SOURCE/config.toml", "config.toml: damaged, or not a file of this kind"), ("EMPTY", "there is no snapshot")])
+    ("SOURCE/config.toml", "config.toml: damaged, or not a file of this kind"), ("EMPTY", "there is no snapshot"),
+    ("PRETRAINED", "is another network: width = 96, here 32")])
 def test_a_source_that_cannot_be_used_is_one_line(source, tmp_path, path, said):
     (tmp_path / "empty").mkdir()
     path = path.replace("SOURCE", str(source)).replace("EMPTY", str(tmp_path / "empty"))
+    path = path.replace("PRETRAINED", str(ROOT / "pretrained" / "digits.pt"))
     result = call("train.py", *TINY, f"--init={path}", "--steps=1", f"--out={tmp_path / 'run'}")
     assert result.returncode == 2 and re.fullmatch(r"train\.py: .*\n", result.stderr) and said in result.stderr

@@ -64,7 +64,7 @@ def test_each_lesson_draws_its_pictures_and_prints_its_numbers(tmp_path, capsys)
     torch.manual_seed(0)
     options = {"magnitudes": {"steps": 1}, "weights": {"steps": 33}, "sampling": {"most": 9}}
     for name, draw in figures.LESSONS.items():
-        draw(tmp_path, ROOT / "pretrained" / "digits.pt", **options.get(name, {}))
+        draw(tmp_path, **options.get(name, {}))
     drawn = {path.name for path in tmp_path.iterdir()}
     shown = re.findall(r"\(\.\./images/lessons/(.*?)\)", (ROOT / "lessons" / "README.md").read_text())
     assert drawn == set(shown) == {path.name for path in (ROOT / "images" / "lessons").iterdir()}

@@ -378,6 +378,7 @@ def test_the_papers_network_is_that_of_its_equations(modulation):
     cond = mp_silu(add(noise, label, 0.5))
     position = position_embedding(32, 4)
     position = position - position.mean(1, keepdim=True)
+    position = torch.cat([position[:, 0::2], position[:, 1::2]], 1)  # theirs in the order of ours: neighbours in a plane
     x = mp_linear(torch.cat([patches, torch.ones(4, 16, 1)], -1), first.patch)
     x = add(x, position / position.std(1, keepdim=True, correction=0), 0.5)
     for block in net.blocks:
@@ -455,7 +456,7 @@ def test_muon_takes_the_matrices_of_blocks_in_equal_turns(config):
     optimizer_step(denoiser, optimizer, 0.02)
     for p, start in before.items():  # cosine of the angle between rows, which is 0.01 times the RMS of the update
         angles = torch.cosine_similarity(p.double(), start.double()).clamp(max=1).acos() if start.any() else None
-        assert angles is None or 0.006 < angles.square().mean().sqrt() < 0.0115
+        assert angles is None or 0.007 < angles.square().mean().sqrt() < 0.0095
 
 
 @pytest.mark.parametrize("config", ["digits", "unet"])
@@ -571,6 +572,8 @@ def test_mistakes_are_one_line_that_names_the_key():
                           ("variants.mup", "--out=a.png"), ("tools.classifier", "nowhere")):
         result = call(command, word)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and word[:5] in result.stderr
+    with pytest.raises(UserError, match="^optimizer: muon"):
+        build(TrainConfig(model=mup.Config(**SMALL, base_width=16), optimizer="muon"), CPU)
 
 
 def test_a_variant_may_postpone_annotations_and_shows_its_bugs(tmp_path, monkeypatch):

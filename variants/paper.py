@@ -3,7 +3,7 @@
 What the network of model.py does otherwise stands in the table at the end of that file. Here it is as in the branch
 old-mod_opts of the paper's code, whose runs made the rotation table, apart from three things: the noise level enters as
 ln(sigma)/4, not as an integer time; the output has no rows for a learned variance; and a plane of a rotation is made by
-channels i and i + D/2, not by neighbours, which is the same network with its channels in another order. Loss, optimizer
+channels i and i + D/2, not by neighbours, which is the same network with its channels in another order, positions, too. Loss, optimizer
 and averages are this repository's. One scalar gain for each kind of a modulation is the paper's, too, and since rows of
 an MPLinear do not know of each other, one matrix for all kinds is the same as one for each.
 
@@ -48,7 +48,8 @@ class Input(nn.Module):
         self.label = MPEmbedding(config.num_classes + 1, D)
         position = position_embedding(D, config.image_size // config.patch)
         position = normalize(position - position.mean(dim=1, keepdim=True))  # over the channels of a token
-        self.register_buffer("position", position)
+        neighbours = torch.arange(D).view(-1, 2).T.flatten()  # 0, 2, ... then 1, 3, ...: see above
+        self.register_buffer("position", position[:, neighbours])
 
     def forward(self, patches, c_noise, labels):
         ones = torch.ones_like(patches[..., :1])  # act as a bias
