@@ -251,7 +251,7 @@ def ideal(images, labels):
 
 
 @torch.no_grad()
-def noise(out):
+def noise(out, count=400):
     """A digit at four noise levels; where training looks; the preconditioning; errors, and those of the ideal denoiser."""
     digits = load_dataset("digits")
     denoiser, facts = load_denoiser(SNAPSHOT, CPU)
@@ -282,7 +282,7 @@ def noise(out):
         for name, model, (images, labels) in (
                 ("network, held out", denoiser, held_out), ("network, trained on", denoiser, training),
                 ("ideal, held out", by_heart, held_out), ("ideal, trained on", by_heart, training)):
-            images, labels = images[:400], labels[:400]
+            images, labels = images[:count], labels[:count]
             levels = torch.full((len(images),), x.exp().item())
             found = [weighted_error(model, images, labels, levels, torch.randn_like(images)).mean() for _ in range(3)]
             errors.setdefault(name, []).append((x.item(), np.mean(found)))

@@ -62,17 +62,22 @@ def test_the_readme_shows_the_step_that_the_lesson_takes():
 
 def test_each_lesson_draws_its_pictures_and_prints_its_numbers(tmp_path, capsys):
     torch.manual_seed(0)
-    options = {"magnitudes": {"steps": 1}, "weights": {"steps": 33}, "sampling": {"most": 9}}
+    options = {"magnitudes": {"steps": 1}, "weights": {"steps": 33}, "noise": {"count": 50}, "sampling": {"most": 9}}
     for name, draw in figures.LESSONS.items():
         draw(tmp_path, **options.get(name, {}))
     drawn = {path.name for path in tmp_path.iterdir()}
-    shown = re.findall(r"\(\.\./images/lessons/(.*?)\)", (ROOT / "lessons" / "README.md").read_text())
+    page = (ROOT / "lessons" / "README.md").read_text()
+    shown = re.findall(r"\(\.\./images/lessons/(.*?)\)", page)
     assert drawn == set(shown) == {path.name for path in (ROOT / "images" / "lessons").iterdir()}
     said = capsys.readouterr().out
     assert "and itself: RMS 1.41" in said and "its negative: RMS 0.000" in said
     lengths = re.findall(r"(?:not )?forced *: row RMS ([\d.]+)", said)
     assert float(lengths[0]) == 1 < float(lengths[1])
     assert "rotate: lengths × 1.00 to 1.00" in (tmp_path / "rotation.svg").read_text()
+    angles = {branch: max(map(float, re.findall(rf"before the {branch} ([\d.]+)", said))) for branch in ("attention", "MLP")}
+    assert f"to {angles['MLP']:.1f} radians before the MLPs" in page and f"{angles['attention']} before the att" in page
+    distance, = re.findall(r"width 0.15:.* ([\d.]+)% with 20", said)
+    assert f"twenty of each width are {float(distance):.1f}% away" in " ".join(page.split())
 
 
 def test_the_ideal_denoiser_is_the_mean_of_what_could_be_meant():
