@@ -20,10 +20,12 @@ from itertools import product
 from statistics import median
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fid import inception
+from layers import MPLinear
 from model import DiTConfig, edm2_loss
 from plumbing.command import Parser, between, run_main
 from plumbing.processes import check_compiler, choose_device, has_bfloat16, provenance
@@ -46,7 +48,7 @@ class Training:
     def __init__(self, family, options, device):
         config = TrainConfig(model=DiTConfig(block=family, num_classes=10, **options))
         self.denoiser, self.ema, self.optimizer = build(config, device)
-        self.tokens, self.device = config.model.tokens, device
+        self.device = device
         self.shape = (config.model.channels, config.model.image_size, config.model.image_size)
 
     def loss(self, batch, bfloat16):
@@ -72,14 +74,20 @@ class Training:
 
     def products(self, batch, bfloat16):
         """A function that computes only the matrix products of a step's linear layers, forward and backward."""
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
         inputs, pairs = {}, []
-        options = {"dtype": torch.bfloat16 if bfloat16 else torch.float32, "device": self.device}
-        for name, p in self.denoiser.net.named_parameters():
-            if p.ndim == 2 and "label" not in name:
-                rows = batch if "modulation" in name or "noise" in name else batch * self.tokens
-                size = (rows, p.shape[1])
-                inputs.setdefault(size, torch.randn(size, **options))
-                pairs.append((inputs[size], p.detach().to(options["dtype"])))
+
+        def note(layer, args, output):
+            shape = args[0].flatten(0, -2).shape  # (rows, fan_in)
+            if shape not in inputs:
+                inputs[shape] = torch.randn(shape, dtype=dtype, device=self.device)
+            pairs.append((inputs[shape], layer.weight.detach().to(dtype)))
+
+        linears = [part for part in self.denoiser.net.modules() if isinstance(part, (MPLinear, torch.nn.Linear))]
+        hooks = [linear.register_forward_hook(note) for linear in linears]
+        self.call(batch, bfloat16)
+        for hook in hooks:
+            hook.remove()
 
         def compute():
             for x, w in pairs:
@@ -123,10 +131,12 @@ class Training:
         gradients = sum(p.nbytes for p in self.denoiser.parameters())
         return self.held() + max(gradients, self.kept(batch, compiled, bfloat16))
 
-    def flops(self, batch):
-        """Floating-point operations of a step's matrix products, attention's too."""
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            self.loss(batch, True).backward()
+    def flops(self):
+        """Floating-point operations for an image in a step: those of all matrix products, forward and backward, of
+        attention written out, since the fused one computes some of its own twice."""
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            with torch.compiler.set_stance("force_eager"):
+                self.loss(1, False).backward()
         self.denoiser.zero_grad()
         return counter.get_total_flops()
 
@@ -154,15 +164,17 @@ def measure(functions, seconds, device):
 
 
 def largest_batch(trainings):
-    """The largest power of two with which an eager step in float32 of all of them fits on the GPU."""
+    """The power of two with which eager steps in float32 fill between 40% and 80% of the GPU's memory, at most 1024.
+    Why not more: the matrix products that are timed between steps have tensors of their own."""
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.reset_peak_memory_stats()
     batch = 1
-    try:
-        while batch < 1024:
-            for training in trainings:
-                training.step(2 * batch, False, False)
-            batch *= 2
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
+    while batch < 1024:
+        for training in trainings:
+            training.step(batch, False, False)
+        if torch.cuda.max_memory_allocated() > 0.4 * total:
+            break
+        batch *= 2
     return batch
 
 
@@ -194,7 +206,7 @@ def measure_network(name, args, device, peak):
         row = [f"{name}, batch {batch}", family, compiled, precision, f"{1000 * middle:.1f} ({1000 * least:.1f})",
                f"{batch / middle:.1f}", f"{share:.0%}", f"{memory / 2**30:.2f} GiB"]
         if peak:
-            rate = trainings[family].flops(batch) / middle
+            rate = batch * trainings[family].flops() / middle
             row += [f"{rate / 1e12:.0f}", f"{rate / peak:.0%}"]
         print(f"| {' | '.join(row)} |", flush=True)
     if args.profile:
@@ -216,7 +228,7 @@ def print_profile(training, batch, compiled, precision, device):
         training.step(batch, compiled == "true", precision == "bfloat16")
         wait_for(device)
     order = f"self_{device.type}_time_total"
-    print(profiled.key_averages().table(order, row_limit=15, max_name_column_width=60))
+    print(profiled.key_averages().table(order, row_limit=20, max_name_column_width=60))
 
 
 def inception_shapes():
