@@ -125,8 +125,10 @@ class Run:
         ours = flatten(self.config) | self.facts["hashes"] | {"step": self.step, "state": self.saved["sha256"]}
         ours = json.loads(json.dumps(ours))  # where tuples become lists
         for number, text in enumerate(exchange(json.dumps(ours))):
-            if wrong := differences(json.loads(text), ours, LOCAL):
-                raise UserError(f"process {number} has {wrong}")
+            theirs = json.loads(text)
+            if wrong := differences(theirs, ours, LOCAL):
+                advice = "; copy the run directory to each node, or share it" if theirs["state"] != ours["state"] else ""
+                raise UserError(f"process {number} has {wrong}{advice}")
 
     def clean(self, damaged):
         """Write config.toml, take away what is later than the state, and note in the log which keys have changed."""

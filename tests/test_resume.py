@@ -107,6 +107,16 @@ def test_a_signal_to_one_ends_all_after_their_step(whole, tmp_path, processes, n
     assert same_losses(tmp_path, whole)
 
 
+def test_when_one_process_is_killed_the_other_ends_in_one_line(tmp_path):
+    job = Job(*[words(tmp_path, 100000)] * 2)
+    wait_for_step(tmp_path, 5)
+    job.processes[1].kill()
+    result = job.finish(20)
+    assert result.returncode == [1, -signal.SIGKILL]
+    assert result.stderr == ("train.py: another process ended, or its node cannot be reached; start the same command "
+                             "again\n")
+
+
 def tell_messages():
     """Have the second process tell on stderr when its steps end, and what it sends and waits for."""
     def told(word, function):
@@ -252,7 +262,7 @@ def test_processes_that_disagree_end_in_one_line_within_seconds(copy, tmp_path):
     other = make_set(tmp_path / "other", np.array(load_dataset("digits").images), np.arange(1697) % 10, ["a"] * 10)
     for folder, other, said in ((tmp_path / "new", "--seed=1", "process 1 has seed = 1, not 0"),
                                 (tmp_path / "new", other, "process 1 has images = "),
-                                (copy, f"--out={tmp_path / 'empty'}", "process 1 has step = 0, not 40"),
+                                (copy, f"--out={tmp_path / 'empty'}", "; copy the run directory to each node, or share it"),
                                 (copy, f"--dataset={damaged}", str(damaged)), (copy, "--stps=3", "unknown key")):
         assert_refused(Job(words(folder, 41), words(folder, 41, other)).finish(10), said)
 
