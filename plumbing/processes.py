@@ -162,6 +162,8 @@ def together():
         if world_size() == 1:
             raise
         cause, text = error, str(error)[:2000]
+        if text and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:  # of nodes, one of which lacks a file, say
+            text = f"{platform.node()}: {text}"
     text = next(filter(None, exchange(text)), "")
     if text:
         raise UserError(text if os.environ.get("LOCAL_RANK", "0") == "0" else "") from cause

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import platform
 import random
 import re
 import resource
@@ -256,6 +257,10 @@ def test_another_experiment_is_refused_a_resumable_change_noted(whole, copy, tmp
     assert changed["step"] == 40 and all(text in changed["changed"] for text in said)
 
 
+def on_two_nodes():
+    os.environ["GROUP_WORLD_SIZE"] = "2"
+
+
 def test_processes_that_disagree_end_in_one_line_within_seconds(copy, tmp_path):
     damaged = shutil.copytree(ROOT / "datasets" / "digits", tmp_path / "damaged")
     (damaged / "images.npy").write_bytes(b"")
@@ -263,8 +268,9 @@ def test_processes_that_disagree_end_in_one_line_within_seconds(copy, tmp_path):
     for folder, other, said in ((tmp_path / "new", "--seed=1", "process 1 has seed = 1, not 0"),
                                 (tmp_path / "new", other, "process 1 has images = "),
                                 (copy, f"--out={tmp_path / 'empty'}", "; copy the run directory to each node, or share it"),
-                                (copy, f"--dataset={damaged}", str(damaged)), (copy, "--stps=3", "unknown key")):
-        assert_refused(Job(words(folder, 41), words(folder, 41, other)).finish(10), said)
+                                (copy, f"--dataset={damaged}", f"{platform.node()}: {damaged}"), (copy, "--stps=3", "unknown key")):
+        job = Job(words(folder, 41), words(folder, 41, other), setup=on_two_nodes)
+        assert_refused(job.finish(10), said)
 
 
 def alter(data, rng):
