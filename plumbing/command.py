@@ -78,7 +78,8 @@ def run_main(main):
         except RuntimeError as error:
             if "gloo/transport" not in str(error):  # torch has no exception of its own for this
                 raise
-            raise OSError("another process ended, or its node cannot be reached; start the same command again") from error
+            text = "another process ended, or its node cannot be reached; start the same command again"
+            raise OSError(text) from error
         finally:  # after --help too, which exits
             sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:

@@ -114,8 +114,8 @@ def test_when_one_process_is_killed_the_other_ends_in_one_line(tmp_path):
     job.processes[1].kill()
     result = job.finish(20)
     assert result.returncode == [1, -signal.SIGKILL]
-    assert result.stderr == ("train.py: another process ended, or its node cannot be reached; start the same command "
-                             "again\n")
+    assert "train.py: another process ended, or its node cannot be reached; start the same command" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def tell_messages():
@@ -268,7 +268,8 @@ def test_processes_that_disagree_end_in_one_line_within_seconds(copy, tmp_path):
     for folder, other, said in ((tmp_path / "new", "--seed=1", "process 1 has seed = 1, not 0"),
                                 (tmp_path / "new", other, "process 1 has images = "),
                                 (copy, f"--out={tmp_path / 'empty'}", "; copy the run directory to each node, or share it"),
-                                (copy, f"--dataset={damaged}", f"{platform.node()}: {damaged}"), (copy, "--stps=3", "unknown key")):
+                                (copy, f"--dataset={damaged}", f"{platform.node()}: {damaged}"),
+                                (copy, "--stps=3", "unknown key")):
         job = Job(words(folder, 41), words(folder, 41, other), setup=on_two_nodes)
         assert_refused(job.finish(10), said)
 

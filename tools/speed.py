@@ -10,7 +10,7 @@ matrix products of its linear layers alone, take turns until --seconds have pass
 milliseconds, with the least in brackets, images a second, and which share of the time the products alone would take.
 Memory is what a training holds: weights, Adam's moments, two averages, and whichever is more of gradients and of what
 the forward pass keeps for them; on CUDA it is the measured peak. There the table also has the FLOP/s of the network
-and their share of those of a bfloat16 product of two 8192x8192 matrices, and batches are the largest that fit.
+and their share of those of a bfloat16 product of two 8192x8192 matrices, and batches fill half of its memory or more.
 """
 
 import time
