@@ -127,7 +127,8 @@ class Run:
         for number, text in enumerate(exchange(json.dumps(ours))):
             theirs = json.loads(text)
             if wrong := differences(theirs, ours, LOCAL):
-                advice = "; copy the run directory to each node, or share it" if theirs["state"] != ours["state"] else ""
+                same = theirs["state"] == ours["state"]
+                advice = "" if same else "; copy the run directory to each node, or share it"
                 raise UserError(f"process {number} has {wrong}{advice}")
 
     def clean(self, damaged):

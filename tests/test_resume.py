@@ -267,7 +267,7 @@ def test_processes_that_disagree_end_in_one_line_within_seconds(copy, tmp_path):
     other = make_set(tmp_path / "other", np.array(load_dataset("digits").images), np.arange(1697) % 10, ["a"] * 10)
     for folder, other, said in ((tmp_path / "new", "--seed=1", "process 1 has seed = 1, not 0"),
                                 (tmp_path / "new", other, "process 1 has images = "),
-                                (copy, f"--out={tmp_path / 'empty'}", "; copy the run directory to each node, or share it"),
+                                (copy, f"--out={tmp_path / 'empty'}", "; copy the run directory to each node"),
                                 (copy, f"--dataset={damaged}", f"{platform.node()}: {damaged}"),
                                 (copy, "--stps=3", "unknown key")):
         job = Job(words(folder, 41), words(folder, 41, other), setup=on_two_nodes)
