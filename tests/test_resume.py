@@ -112,7 +112,7 @@ def test_when_one_process_is_killed_the_other_ends_in_one_line(tmp_path):
     job = Job(*[words(tmp_path, 100000)] * 2)
     wait_for_step(tmp_path, 5)
     job.processes[1].kill()
-    result = job.finish(20)
+    result = job.finish()
     assert result.returncode == [1, -signal.SIGKILL]
     assert "train.py: another process ended, or its node cannot be reached; start the same command" in result.stderr
     assert "Traceback" not in result.stderr
