@@ -81,7 +81,7 @@ def test_no_text_breaks_out_of_the_page_and_nothing_is_fetched(page):
     run, text, data = page
     parsed = Page(text)
     assert [tag for tag, _ in parsed.tags if tag == "script"] == ["script"] * 2 and text.count("</script") == 2
-    assert all(name in dict(data["facts"])["on"] for name in NASTY) and data["title"] == str(run)
+    assert all(name in dict(data["facts"])["dataset"] for name in NASTY) and data["title"] == str(run)
     assert ["changed at step 4", NASTY[0]] in data["facts"]
     assert "innerHTML" not in text and set(re.findall(r"https?://[^\"' ]*", text)) == {"http://www.w3.org/2000/svg"}
     assert [values["href"] for _, values in parsed.tags if {"src", "href"} & values.keys()] == ["data:,"]
@@ -115,12 +115,12 @@ def test_each_slider_place_shows_its_own_picture(page):
     widths, guidances = ([float(value) for value in slider["values"]] for slider in seeds["sliders"])
     assert widths == [0.05, 0.09, 0.1] and guidances == [0, 1]
     assert seeds["sliders"][1]["start"] == 1 and grids["sliders"][0]["start"] == 1  # no guidance, the last step
-    labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    labels = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
     for std, guidance in ((0.05, 0.0), (0.09, 1.0), (0.1, 1.0)):
         denoiser, facts = load_denoiser(run, CPU, std)
-        expected = sample(denoiser, facts, labels, range(9), denoise=guided(denoiser, guidance), steps=3)
+        expected = sample(denoiser, facts, labels, range(12), denoise=guided(denoiser, guidance), steps=3)
         place = widths.index(std) * len(guidances) + guidances.index(guidance)
-        assert (picture(seeds["pictures"][place]) == np.asarray(make_grid(expected, 3, NASTY))).all()
+        assert (picture(seeds["pictures"][place]) == np.asarray(make_grid(expected, 4, NASTY))).all()
 
 
 def test_the_noise_slider_shows_noisy_denoised_and_clean(page):
@@ -141,7 +141,7 @@ def test_the_noise_slider_shows_noisy_denoised_and_clean(page):
 
 def test_the_command_of_a_run_trains_it_again(page):
     run, _, data = page
-    program, script, *words = shlex.split(data["command"])
+    program, script, *words = shlex.split(" ".join(data["command"]))
     config = load_config(train.TrainConfig, words)
     config.model = config.model.for_data(8, 1, 3)
     assert (program, script) == ("python", "train.py") and "--model.modulation=scale,gate" in words

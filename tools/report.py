@@ -32,10 +32,16 @@ WIDTHS = (0.03, 0.15, 0.20)  # of averages, beside those that were tracked
 GUIDANCES = (0.0, 1.0, 2.0, 4.0)
 SIGMAS = np.geomspace(0.02, 20, 13)
 STEPS = 12  # of the sampler: fewer than sample.py takes, since the page needs many grids
-CHARTS = {"Training loss": ["loss"], "Error on held-out images": ["val_loss"],
-          "RMS of tokens after blocks, and of weights": ["token_rms_first", "token_rms_middle", "token_rms_last",
-                                                         "weight_rms"],
-          "Norm of the gradient": ["gradient_norm"], "Learning rate": ["learning_rate"]}  # columns of the log, by title
+COLUMNS = 4  # of such a grid
+CHARTS = [  # title, columns of the log, what to see
+    ("Training loss", ["loss"],
+     "The error divided by exp(u), plus u, the network's own estimate of ln(error): so it may fall below 0."),
+    ("Error on held-out images", ["val_loss"],
+     "On the same images and noise in every run. If it rises while the loss falls, images are learned by heart."),
+    ("RMS of tokens and weights", ["token_rms_first", "token_rms_middle", "token_rms_last", "weight_rms"],
+     "After the first, middle and last block. An mp network keeps them of the order of 1, its weights at 1."),
+    ("Norm of the gradient", ["gradient_norm"], "Of one batch, so it jumps. What matters is a lasting rise."),
+    ("Learning rate", ["learning_rate"], "While it falls, the errors usually fall faster.")]
 
 
 def thin(items, most):
@@ -54,15 +60,16 @@ def read_lines(run):
 
 
 def make_charts(lines):
-    """The charts of a log: dicts of title, x, log_x, curves {name: [[x, y], ...]}; y is None where it is not finite."""
+    """The charts of a log: dicts of title, note, x, log_x and curves {name: [[x, y], ...]}; y is None where it is not
+    finite."""
     charts = []
-    for title, columns in CHARTS.items():
+    for title, columns, note in CHARTS:
         curves = {}
         for column in columns:
             points = [(line["step"], line[column]) for line in lines if column in line]
             curves[column] = [[step, y if math.isfinite(y) else None] for step, y in thin(points, 500)]
         if any(curves.values()):
-            charts.append({"title": title, "x": "step", "log_x": False, "curves": curves})
+            charts.append({"title": title, "note": note, "x": "step", "log_x": False, "curves": curves})
     errors = [line for line in lines if "error_by_sigma" in line]
     if errors:
         # ln(sigma) of val_loss follows N(-0.4, 1), and each error is the mean over a tenth of it
@@ -70,8 +77,9 @@ def make_charts(lines):
         curves = {f"step {line['step']}": [[sigma, y if math.isfinite(y) else None]
                                            for sigma, y in zip(sigmas, line["error_by_sigma"])]
                   for line in thin(errors, 4)}
-        charts.append({"title": "Error by noise level, on held-out images", "x": "sigma", "log_x": True,
-                       "curves": curves})
+        note = "A point is a tenth of val_loss. Left: detail; right: layout. Where nothing is learned it is 1."
+        charts.insert(0, {"title": "Held-out error by noise level", "note": note, "x": "sigma",
+                          "log_x": True, "curves": curves})
     return charts
 
 
@@ -96,8 +104,8 @@ def over_training(run):
         with reading(path):
             pictures.append(as_url(Image.open(path)))
     steps = {"name": "step", "values": [str(int(path.stem)) for path in paths], "start": len(paths) - 1}
-    return {"title": "Samples during training", "sliders": [steps], "pictures": pictures,
-            "note": "Drawn by the widest average, always from the same seeds. A row shows a class."}
+    return {"title": "Samples during training", "wide": True, "sliders": [steps], "pictures": pictures,
+            "note": "Drawn by the widest average of the weights, always from the same seeds. Each row is a class."}
 
 
 def expressible_widths(run):
@@ -116,14 +124,15 @@ def by_width_and_guidance(run, device):
         config, classes = denoiser.net.config, facts["classes"][:10]
         if not (config.num_classes and config.label_dropout):  # it cannot guide itself
             guidances = (1.0,)
-        labels = torch.arange(len(classes) or 1).repeat_interleave(3 if classes else 30)
+        labels = torch.arange(len(classes) or 1).repeat_interleave(COLUMNS if classes else 10 * COLUMNS)
         for guidance in guidances:
             denoise = guided(denoiser, guidance)
             images = sample(denoiser, facts, labels, range(len(labels)), denoise=denoise, steps=STEPS)
-            pictures.append(as_url(make_grid(images, 3, classes)))
+            pictures.append(as_url(make_grid(images, COLUMNS, classes)))
     sliders = [slider("EMA width", widths, len(widths) // 2), slider("guidance", guidances, guidances.index(1.0))]
-    return {"title": "The same seeds, by EMA width and guidance", "sliders": sliders, "pictures": pictures,
-            "note": f"Drawn in {STEPS} steps. Guidance 0 ignores the class, 1 is none, more makes images more typical."}
+    return {"title": "The same seeds at other settings", "sliders": sliders, "pictures": pictures,
+            "note": "A wider average of the weights smooths over more steps of training. Guidance 0 ignores the class, "
+                    f"1 is none, more makes images more typical and more alike. Drawn in {STEPS} steps."}
 
 
 @torch.no_grad()
@@ -144,27 +153,29 @@ def by_noise_level(denoiser, facts, dataset):
         seen = x * (denoiser.sigma_data / math.hypot(sigma, denoiser.sigma_data))  # in the data's own range
         rows = [from_network(row, facts).cpu() for row in (seen, answer, clean)]
         pictures.append(as_url(make_grid(torch.cat(rows), len(indices), ("seen", "denoised", "clean"))))
-    return {"title": "What the network sees and says, by noise level", "pictures": pictures,
+    return {"title": "What the network sees and says, by noise level", "wide": True, "pictures": pictures,
             "sliders": [slider("sigma", SIGMAS, len(SIGMAS) // 2)],
-            "note": "The images have standard deviation 0.5. From noise alone the answer is a mean over many images."}
+            "note": "Sigma is the noise's standard deviation; that of the images is 0.5. Sampling begins at a large "
+                    "sigma, where the answer is the mean of all that is possible, and ends where only detail is open."}
 
 
 def command_of(config):
-    """The command that trains such a run: the keys that differ from their defaults, but for what the dataset says."""
-    default, words = flatten(type(config)(model=type(config.model)())), ["python", "train.py"]
+    """The words of the command that trains such a run: the keys that differ from their defaults, but for what the
+    dataset says."""
+    default, words = flatten(type(config)(model=type(config.model)())), ["python train.py"]
     for name, value in flatten(config).items():
         from_dataset = name in ("model.image_size", "model.channels") or name == "model.num_classes" and value
         if value != default[name] and not from_dataset:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words.append(f"--{name}={text.lower() if isinstance(value, bool) else text}")
-    return shlex.join(words)
+            words.append(shlex.quote(f"--{name}={text.lower() if isinstance(value, bool) else text}"))
+    return words
 
 
 def list_facts(run, config, lines, denoiser, facts):
     """What the page says about a run, pairs of name and text."""
     last = {name: value for line in lines for name, value in line.items()}
     pairs = [("trained", f"{last['step']:,} of {config.steps:,} steps of {config.batch:,} images"),
-             ("on", f"{config.dataset}: {describe(facts)}"),
+             ("dataset", f"{config.dataset}: {describe(facts)}"),
              ("network", f"{config.variant or config.model.block}, "
                          f"{sum(p.numel() for p in denoiser.parameters()):,} parameters")]
     if "val_loss" in last:
