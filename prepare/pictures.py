@@ -31,30 +31,28 @@ def transform_to_srgb(profile, mode):
 
 
 def apply_profile(image, changes):
-    """An image of mode L, RGB, RGBA or CMYK in the colours of sRGB."""
+    """An image of mode L, RGB or CMYK as L or RGB in the colours of sRGB."""
+    grey, transform = image.mode == "L", None
     profile = image.info.get("icc_profile")
-    if not profile:
-        if image.mode == "CMYK":
-            changes["of CMYK without a colour profile, converted roughly"] += 1
-        return image
-    mode = "RGB" if image.mode == "RGBA" else image.mode
-    try:
-        transform = transform_to_srgb(profile, mode)
-    except (ImageCms.PyCMSError, OSError):
-        changes["with a colour profile that does not fit them, taken as sRGB"] += 1
-        return image
-    if not transform:
-        return image
-    changes["with a colour profile, converted to sRGB"] += 1
-    converted = ImageCms.applyTransform(image.convert(mode), transform)
-    if image.mode == "RGBA":
-        converted.putalpha(image.getchannel("A"))
-    return converted.convert("L") if image.mode == "L" else converted
+    if profile:
+        try:
+            transform = transform_to_srgb(profile, image.mode)
+        except (ImageCms.PyCMSError, OSError):
+            changes["with a colour profile that does not fit them, left aside"] += 1
+    if transform:
+        changes["with a colour profile, converted to sRGB"] += 1
+        image = ImageCms.applyTransform(image, transform)
+    if image.mode == "CMYK":
+        changes["of CMYK without a colour profile that fits, converted roughly"] += 1
+        image = image.convert("RGB")
+    return image.convert("L") if grey and transform else image
 
 
 def from_deep_grey(image, changes):
     """A grey image of 16 bits as one of 8."""
     values = np.asarray(image).astype(np.int64)
+    if values.min() < 0:
+        raise ValueError("has values below 0; save it with values from 0 to 65535, or 0 to 255")
     if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # where 0 is white
         values = 65535 - values
     if values.max() < 4096:
@@ -63,16 +61,15 @@ def from_deep_grey(image, changes):
     clear = image.info.get("transparency")
     if isinstance(clear, int):  # the value of transparent pixels
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    grey.info["icc_profile"] = image.info.get("icc_profile")
     return grey
 
 
-def from_picture(image, changes):
-    """A Pillow image as uint8 (1 or 3, H, W). changes: counts what is changed; what cannot be had raises ValueError."""
-    pages = getattr(image, "n_frames", 1)
-    if pages > 1 and image.format == "TIFF":
-        changes["of several pages, of which the first is taken"] += 1
-    elif pages > 1 and image.format != "MPO":  # MPO: a phone's photo with a second
-        raise ValueError(f"is animated, {pages} frames")
+def from_picture(image, changes, size=None):
+    """A Pillow image as uint8 (1 or 3, H, W); with a size, its central square of that side. changes: counts what is
+    changed; what cannot be had raises ValueError."""
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a phone's photo with a second
+        changes["of several pages or frames, of which the first is taken"] += 1
     deep = any(";16" in str(tile[3]) for tile in image.tile) or (image.format == "PPM" and image.mode == "I")
     image.load()
     if image.info or image.format in ("TIFF", "MPO"):  # where an orientation would be
@@ -81,20 +78,36 @@ def from_picture(image, changes):
         kind = "whole numbers" if image.mode == "I" else "real numbers"
         raise ValueError(f"has {kind} of 32 bits; save it with 8 or 16 bits a channel")
     if deep:
-        changes["of 16 bits a channel, rounded to 8"] += 1
+        changes["of 16 bits a channel, reduced to 8"] += 1
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = from_deep_grey(image, changes)
-    grey = Image.getmodebase(image.mode) == "L"
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-    elif image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("L" if grey else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if Image.getmodebase(image.mode) == "L" else "RGB")
     image = apply_profile(image, changes)
-    if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+    if alpha and alpha.getextrema()[0] < 255:
         changes["with transparency, put on white"] += 1
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    mode = "L" if grey else "RGB"
-    return np.atleast_3d(image if image.mode == mode else image.convert(mode)).transpose(2, 0, 1)
+        clear = image.convert("RGB")
+        clear.putalpha(alpha)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, clear).convert(image.mode)
+    return to_array(central_square(image, size, changes) if size else image)
+
+
+def to_array(picture):
+    """A Pillow image of mode L or RGB as (1 or 3, H, W)."""
+    return np.atleast_3d(picture).transpose(2, 0, 1)
+
+
+def central_square(picture, size, changes):
+    """The central square of a Pillow image, resized to `size` if that is given."""
+    W, H = picture.size
+    side = min(W, H)
+    changes["not square, cropped to their centre"] += W != H
+    changes["smaller than asked for, enlarged"] += side < (size or 0)
+    left, top = (W - side) // 2, (H - side) // 2
+    picture = picture.crop((left, top, left + side, top + side))
+    return picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture
 
 
 def crop_and_resize(image, size, channels, changes):
@@ -102,11 +115,6 @@ def crop_and_resize(image, size, channels, changes):
     C, H, W = image.shape
     if image.dtype != np.uint8 or (H == W and size in (None, H) and C == channels):
         return image
-    side = min(H, W)
-    changes["not square, cropped to their centre"] += H != W
-    changes["smaller than asked for, enlarged"] += side < (size or 0)
     changes["grey, made colour as others are"] += C < channels
-    top, left = (H - side) // 2, (W - side) // 2
-    picture = to_picture(image[:, top:top + side, left:left + side]).convert("L" if channels == 1 else "RGB")
-    picture = picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture
-    return np.atleast_3d(picture).transpose(2, 0, 1)
+    picture = to_picture(image).convert("L" if channels == 1 else "RGB")
+    return to_array(central_square(picture, size, changes))

@@ -1,7 +1,7 @@
 """Any source of images prepared once: `python data.py SOURCE` runs this and writes datasets/NAME/.
 
     python data.py fashion-mnist            # fetched by name: mnist, fashion-mnist, cifar10, cifar100
-    python data.py ~/pictures --size=64     # a folder or zip of images or latents, idx, npz, npy, a CIFAR archive
+    python data.py ~/pictures --size=64     # a folder or zip of images or latents, or an npz or npy of images
 
 What a set is made of stands in data.py, how sources are read in prepare/sources.py.
 """
@@ -21,78 +21,18 @@ import torch
 import data
 from data import FORMAT, describe, epoch_order, find_set, load_dataset, make_grid, to_network
 from plumbing.command import Parser, UserError, between, differences, reading, track, warn
-from plumbing.files import download
 from prepare.pictures import crop_and_resize
-from prepare.sources import open_source
+from prepare.public import DOWNLOADS, open_public
+from prepare.sources import Pictures, open_source
 
 HEADER = 128  # bytes of a .npy file before its values
 
-DOWNLOADS = {  # name: where from, {file: its SHA-256}
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
-        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"}),
-    "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
-        "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"}),
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
-        "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}),
-    "cifar100": ("https://www.cs.toronto.edu/~kriz/", {
-        "cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"})}
-FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 
-
-def is_held_out(image, i, source, holdout, left):
-    """Whether image i of a Source is held out: as the source says, else by the hash of the image, so that copies of one
-    stay together. left: {label: how many images of it are not placed yet, or None once one is trained on}. Why: of each
-    class one image at least stays in training."""
-    if source.held_out is not None:
-        return bool(source.held_out[i])
-    share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
-    label = source.labels[i]
-    held = share < holdout and left[label] != 1
-    if left[label] is not None:
-        left[label] = left[label] - 1 if held else None
-    return held
-
-
-class MaskCheck:
-    """Looks at the first 50 images of each class for what segmentation masks are like: images of at most 32 colours
-    among others of many. Why: masks that lie beside the pictures would be trained on."""
-
-    def __init__(self, source):
-        self.few, self.many = ([0] * max(len(source.classes), 1) for _ in range(2))  # images of each class
-
-    def look(self, image, label):
-        if self.few[label] + self.many[label] < 50 and image.dtype == np.uint8:
-            pixels = image[:, ::-(-image.shape[1] // 64), ::-(-image.shape[2] // 64)].astype(np.int32)
-            colours = sum(channel << 8 * i for i, channel in enumerate(pixels))
-            counts = self.few if len(np.unique(colours)) <= 32 else self.many
-            counts[label] += 1
-
-    def tell(self, source):
-        few, many = self.few, self.many
-        if not source.classes and few[0] and many[0]:
-            source.lines.append(f"{few[0]} of the first {few[0] + many[0]} images have at most 32 colours, as masks do")
-        odd = [name for name, a, b in zip(source.classes, few, many) if a and not b]
-        if odd and any(many):
-            source.lines.append(f"all images of {', '.join(odd)[:200]} have at most 32 colours, as masks do; if they "
-                                "are masks, take them out")
-
-
-def write_images(files, source, made, changes, channels=1):
-    """Write the images of a Source into two open files, those to train on and those held out. Returns their numbers.
-    When the first colour image turns up, it begins again with three channels."""
-    changes.clear()
-    first, numbers, masks = None, ([], []), MaskCheck(source)
-    left = dict(enumerate(np.bincount(source.labels).tolist()))
-    for file in files:
-        file.seek(HEADER)  # which is written last
-        file.truncate()
+def read_images(source, made, changes):
+    """Yield the numbers and the images of a Source, without those that are left out."""
     for i in track(range(len(source.images)), "images prepared", len(source.images)):
+        if source.labels[i] < 0:
+            continue
         try:
             image = source.images[i]
         except UserError as error:
@@ -103,9 +43,24 @@ def write_images(files, source, made, changes, channels=1):
             continue
         if made["size"] and image.dtype != np.uint8:
             raise UserError(f"--size: {made['source']} holds latents, which cannot be resized")
+        yield i, image
+
+
+def write_images(files, source, made, changes, channels=1):
+    """Write the images of a Source into two open files, those to train on and those held out. Returns their numbers.
+    When the first colour image turns up, it begins again with three channels.
+
+    Held out is what the source says, else images by their hashes, so that copies of one stay together; but of each
+    class one image at least stays in training."""
+    changes.clear()
+    first, numbers = None, ([], [])
+    trained, waiting = set(), Counter(source.labels.tolist())  # classes that have an image to train on; images to come
+    for file in files:
+        file.seek(HEADER)  # which is written last
+        file.truncate()
+    for i, image in read_images(source, made, changes):
         if len(image) > channels:
             return write_images(files, source, made, changes, len(image))
-        masks.look(image, source.labels[i])
         image = np.ascontiguousarray(crop_and_resize(image, made["size"], channels, changes))
         first = image if first is None else first
         C, H, W = image.shape
@@ -113,18 +68,38 @@ def write_images(files, source, made, changes, channels=1):
             raise UserError(f"{made['source']}: {source.images.names[i]} is {C}x{H}x{W}, the first is "
                             f"{'x'.join(map(str, first.shape))}: images must be square and of one size; --size makes "
                             "pictures so")
-        held = is_held_out(image, i, source, made["holdout"], left)
+        label = source.labels[i]
+        waiting[label] -= 1
+        if source.held_out is not None:
+            held = bool(source.held_out[i])
+        else:
+            share = int.from_bytes(hashlib.sha256(image).digest()[:8], "big") / 2**64
+            held = share < made["holdout"] and (label in trained or waiting[label] > 0)
+        if not held:
+            trained.add(label)
         files[held].write(image)
         numbers[held].append(i)
     if not numbers[0]:
         raise UserError(f"{made['source']}: no image is left to train on")
-    masks.tell(source)
     for file, part in zip(files, numbers):
         file.seek(0)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(part), *first.shape)}
         np.lib.format.write_array_header_1_0(file, header)
         assert file.tell() == HEADER
     return numbers
+
+
+def mask_lines(source):
+    """A line about pictures that are like segmentation masks, of at most 32 colours among others of more. Why: masks
+    that lie beside the pictures would be trained on."""
+    flat = Counter(source.labels[sorted(source.images.flat)].tolist())
+    counts = Counter(source.labels[source.labels >= 0].tolist())
+    odd = [name for label, name in enumerate(source.classes) if flat[label] == counts[label]]
+    if not 0 < flat.total() < counts.total() or (source.classes and not odd):
+        return []
+    which = f", all of {', '.join(odd)[:200]} among them," if odd else ""
+    return [f"{flat.total():,} of {counts.total():,} images{which} have at most 32 colours, as masks do; if they are "
+            "masks, take them out"]
 
 
 def channel_statistics(images):
@@ -205,7 +180,7 @@ def choose_folder(args):
         raise UserError(f"{args.source}: there is no such file; {hint}")
     if named and path.exists():
         raise UserError(f"{args.source} is a set to fetch and also a path here; write ./{args.source} for the path")
-    stem = re.sub(r"(\.(zip|npz|npy|tar|tgz|gz))+$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
+    stem = re.sub(r"\.(zip|npz|npy)$", "", Path(os.path.abspath(path)).name, flags=re.IGNORECASE)
     name = args.name or (f"{stem}-{args.size}" if args.size else stem)
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or name == "downloads":
         raise UserError(f"--name: {name[:60]!r} is not made of letters, digits and . + - _")
@@ -215,22 +190,14 @@ def choose_folder(args):
     return folder
 
 
-def fetch(name):
-    """Download a public set, unless it is there. Returns the path of what was downloaded."""
-    base, files = DOWNLOADS[name]
-    path = data.DATASETS / "downloads" / name
-    for file, sha256 in files.items():
-        download(base + file, path / file, sha256)
-    return path / file if len(files) == 1 else path
-
-
 def prepare(folder, source, made, labels=""):
     """Write the Source in a file, a folder or a public set into `folder`, whole or not at all. Returns lines that its
     user should know."""
     changes = Counter()
-    found = open_source(fetch(source) if source in DOWNLOADS else source, changes, labels)
-    if source == "fashion-mnist":
-        found = found._replace(classes=FASHION)
+    if source in DOWNLOADS:
+        found = open_public(source, labels)
+    else:
+        found = open_source(source, changes, labels, made["size"])
     with tempfile.TemporaryDirectory(dir=data.DATASETS, prefix=".making-") as making:
         making = Path(making) / folder.name
         making.mkdir()
@@ -238,7 +205,8 @@ def prepare(folder, source, made, labels=""):
         if folder.exists():
             folder.rename(making.with_name("before"))  # which goes away with what is around it
         making.rename(folder)
-    return found.lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
+    lines = found.lines + (mask_lines(found) if isinstance(found.images, Pictures) else [])
+    return lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
 
 
 def main():

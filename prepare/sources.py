@@ -1,11 +1,8 @@
-"""Whatever images people have, by what it holds: folders, zips, idx, npz, npy, CIFAR's archives, latents. Each becomes
-a Source. Nothing here is about diffusion, and training reads none of it: see prepare/sets.py."""
+"""Whatever images people have, by what it holds: folders and zips of pictures or latents, npz, npy. Each becomes a
+Source. Nothing here is about diffusion, and training reads none of it: see prepare/sets.py."""
 
-import gzip
-import math
 import os
 import re
-import tarfile
 import zipfile
 from collections import Counter, namedtuple
 from io import BytesIO
@@ -14,81 +11,59 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from plumbing.command import existing_file, reading
-from prepare.labels import (SPLIT_WORDS, SUFFIXES, as_labels, classes_by_folder, is_litter, labels_by_json,
+from plumbing.command import existing_file, reading, warn
+from prepare.labels import (LITTER, SPLIT_WORDS, SUFFIXES, as_labels, classes_by_folder, labels_by_json,
                             labels_by_table, splits_by_folder)
 from prepare.pictures import from_picture
 
 # What open_source() finds. images: a sequence of arrays (C, H, W), uint8 or float32; labels: int64 (N,), zeros if there
-# are no classes; held_out: bool (N,), or None if the source has no such part; lines: what its user should know.
+# are no classes, -1 for what is left out; held_out: bool (N,), or None if the source has no such part; lines: what its
+# user should know.
 Source = namedtuple("Source", ["images", "labels", "classes", "held_out", "lines"])
-IMAGE_STEMS = re.compile(r"(?:.*[-_.])?images(?:[-.]idx3-ubyte)?|x|image|(?:x|image)[-_](?:train|val|valid|test)|"
-                         r"(?:train|val|valid|test)[-_](?:x|image)|arr_0|"
-                         r"(?:data_batch_\d|test_batch|train|test)\.bin", re.IGNORECASE)  # the last are CIFAR's
-LABEL_NAMES = {"images": ("labels", "targets", "target"), "idx3": ("idx1",), "image": ("label", "target"), "x": ("y",),
-               "arr_0": ("arr_1",)}  # what the labels of images are called
+ARRAY = re.compile(r"((?:.*[-_./ ])?)(x|images?|arr_0|y|labels?|targets?|arr_1)"
+                   rf"((?:[-_](?:{'|'.join(SPLIT_WORDS)}))?)\.npy")
 
 
-def labels_of(images):
-    """Paths that the labels of an array or file of images may have, in lower case; CIFAR has both in one file."""
-    if images.endswith(".bin"):
-        yield images.lower()
-    folder, _, stem = images.lower().rpartition("/")
-    for word, others in LABEL_NAMES.items():
-        for other in others:
-            name = re.sub(rf"(?<![a-z]){word}(?![a-z])", other, stem)
-            if word == "images":
-                name = name.replace("idx3", "idx1")
-            if name != stem:
-                yield f"{folder}/{name}".lstrip("/")
-    for other in ("labels", "targets"):
-        yield f"{folder}/{other}".lstrip("/")
+def array_role(name):
+    """What an array holds by its path, "images" or "labels", and of which part: train/x.npy, y_test.npy and
+    train_labels.npy are such names; None for others."""
+    found = ARRAY.fullmatch(name.lower())
+    if not found:
+        return None
+    before, word, after = found.groups()
+    return "images" if word in ("x", "image", "images", "arr_0") else "labels", f"{before}{after}"
 
 
-def decoded_name(entry, lines):
-    """The name of a zip's entry. Python reads what has no UTF-8 flag as code page 437; that is right for the oldest
-    programs, and wrong for those that wrote UTF-8 without the flag or a code page of their own language."""
-    if entry.flag_bits & 0x800 or entry.filename.isascii():
-        return entry.filename
-    raw = entry.orig_filename.encode("cp437")
+def names_in_zip(entries):
+    """The names of a zip's entries. Python reads those without UTF-8's flag as code page 437; that is right for the
+    oldest programs, and wrong for those that wrote UTF-8 without the flag or a code page of their own language."""
+    def names(encoding):
+        return [entry.filename if entry.flag_bits & 0x800 else entry.orig_filename.encode("cp437").decode(encoding)
+                for entry in entries]
+
     try:
-        return raw.decode()
+        return names("utf-8")
     except UnicodeDecodeError:
-        line = ("names are neither ASCII nor UTF-8 and were read as code page 437; if they look wrong, unpack the zip "
-                "where they look right (unzip -O cp932, for Japanese) and prepare the folder")
-        if line not in lines:
-            lines.append(line)
-        return raw.decode("cp437")
+        warn("the zip's names are neither ASCII nor UTF-8 and were read as code page 437; if they look wrong, unpack it "
+             "where they look right (unzip -O cp932, for Japanese) and prepare the folder")
+        return names("cp437")
 
 
-class Files:
-    """The files of a folder, zip, npz or tar: their names, and a call opens one by its name. A single file counts as a
-    folder of itself and the labels beside it. Why: all other code then sees only names and bytes.
-
-    opened: the names of those that were opened. lines: gets what their owner should know."""
-
-    def __init__(self, path, lines):
-        self.opened = set()
-        if path.is_dir():
-            self.names, self.open = names_in_folder(path), lambda name: open(existing_file(path / name), "rb")
-            return
-        if zipfile.is_zipfile(existing_file(path)):
-            archive = zipfile.ZipFile(path)
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            pairs, opener = [(decoded_name(entry, lines), entry) for entry in entries], archive.open
-        elif tarfile.is_tarfile(path):
-            archive = tarfile.open(path)
-            pairs, opener = [(member.name, member) for member in archive if not member.isdir()], archive.extractfile
-        else:
-            pairs, opener = with_labels_beside(path), lambda file: open(file, "rb")
-        files = {re.sub(r"^(\.?/)+", "", name.replace("\\", "/")): file for name, file in pairs}
-        if len(files) < len(pairs):
-            raise ValueError("holds several files of the same name")
-        self.names, self.open = list(files), lambda name: opener(files[name])
-
-    def __call__(self, name):
-        self.opened.add(name)
-        return self.open(name)
+def open_files(path):
+    """The files of a folder, zip or npz: their names, and a function that opens one by its name. A .npy file counts as
+    a folder of images.npy and, if labels lie beside it, labels.npy. Why: all other code sees only names and bytes."""
+    if path.is_dir():
+        return names_in_folder(path), lambda name: open(existing_file(path / name), "rb")
+    if not zipfile.is_zipfile(existing_file(path)):
+        files = with_labels_beside(path)
+        return list(files), lambda name: open(files[name], "rb")
+    archive = zipfile.ZipFile(path)
+    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    names = [re.sub(r"^(\.?/)+", "", name.replace("\\", "/")) for name in names_in_zip(entries)]
+    files = dict(zip(names, entries))
+    if len(files) < len(names):
+        raise ValueError("holds several files of the same name")
+    return names, lambda name: archive.open(files[name])
 
 
 def names_in_folder(path):
@@ -108,32 +83,18 @@ def names_in_folder(path):
 
 
 def with_labels_beside(path):
-    """A file of images, and the file of their labels if it lies beside it: [(name, path)]."""
-    stem = re.sub(r"(\.npy|\.gz)+$", "", path.name)
-    if not IMAGE_STEMS.fullmatch(stem.replace(".idx", "-idx")):
-        return [("images", path)]
-    others = {re.sub(r"(\.npy|\.gz)+$", "", file.name).lower(): file for file in sorted(path.parent.iterdir())}
-    beside = [others[name] for name in labels_of(stem) if name in others]
-    return [("images", path), *(("labels", file) for file in beside[:1])]
+    """The path of a .npy file of images, and of the labels beside it if there are some, by names for them."""
+    if path.suffix.lower() != ".npy":
+        return {path.name: path}
+    kind, part = array_role(path.name) or ("", "")
+    beside = [file for file in path.parent.iterdir() if kind == "images" and array_role(file.name) == ("labels", part)]
+    return dict(zip(("images.npy", "labels.npy"), [path, *beside]))
 
 
-def read_array(open_file, name, field):
-    """The array in a file: .npy, idx of bytes, or a field of CIFAR's records; gzipped or not, told by what it holds."""
-    with open_file(name) as raw:
-        file = gzip.open(raw) if raw.read(2) == b"\x1f\x8b" else raw
-        raw.seek(0)
-        head = file.read(6)
-        file.seek(0)
-        if head == b"\x93NUMPY":
-            return np.load(file, allow_pickle=False)
-        if name.endswith(".bin"):
-            size = 3073 if "batch" in name else 3074  # CIFAR-100 has a coarse label before
-            records = np.frombuffer(file.read(2**28), np.uint8).reshape(-1, size)
-            return records[:, -3073] if field == "labels" else records[:, -3072:].reshape(-1, 3, 32, 32)
-        if len(head) < 4 or head[:3] != b"\0\0\x08":
-            raise ValueError(f"{name} is neither .npy nor an idx file of bytes")
-        sizes = np.frombuffer(file.read(4 + 4 * head[3]), ">u4")[1:].tolist()
-        return np.frombuffer(file.read(math.prod(sizes)), np.uint8).reshape(sizes)
+def read_array(open_file, name):
+    """The array in a .npy file."""
+    with open_file(name) as file:
+        return np.load(file, allow_pickle=False)
 
 
 def as_images(array):
@@ -146,37 +107,45 @@ def as_images(array):
     return shaped
 
 
-def from_arrays(stems, found, open_file):
+def from_arrays(roles, open_file, labels):
     """Images, the values of their labels or None, and which images are held out or None, read from arrays.
-    stems: {path without suffix: path} of all files; found: those stems that hold images, whose labels lie beside."""
-    words = [re.split("[-_./]", stem.lower().replace("t10k", "test")) for stem in found]
-    held = [len(found) > 1 and any(SPLIT_WORDS.get(word) for word in some) for some in words]
-    if len({"data_batch" in stem or stem for stem, out in zip(found, held) if not out}) != 1:
-        raise ValueError(f"holds several sets of images, {', '.join(found)[:200]}; choose the file of one")
-    images, values, lower = [], [], {stem.lower(): name for stem, name in stems.items()}
-    for stem in found:
-        beside = next((lower[name] for name in labels_of(stem) if name in lower), None)
-        images.append(as_images(read_array(open_file, stems[stem], "images")))
-        if beside:
-            values.append(read_array(open_file, beside, "labels"))
-            if len(values[-1]) != len(images[-1]):
-                raise ValueError(f"{beside} has {len(values[-1]):,} labels for {len(images[-1]):,} images")
-    if len(values) not in (0, len(images)):
+    roles: {what array_role() says: path}; labels: see open_source()."""
+    if labels not in ("", "none"):
+        raise ValueError("--labels=FILE goes with pictures; the labels of an array lie beside it")
+    parts = sorted(part for kind, part in roles if kind == "images")
+    held = [len(parts) > 1 and any(SPLIT_WORDS.get(word) for word in re.findall("[a-z]+", part)) for part in parts]
+    if held.count(False) != 1:
+        which = ", ".join(roles["images", part] for part in parts)
+        raise ValueError(f"holds several sets of images, {which[:200]}; choose the file of one")
+    images = [as_images(read_array(open_file, roles["images", part])) for part in parts]
+    beside = [] if labels else [roles.get(("labels", part)) for part in parts]
+    if any(beside) and not all(beside):
         raise ValueError("has labels for some of its images only")
-    values = np.concatenate(values) if values else None
-    for name in stems.values():
-        if name.endswith(("batches.meta.txt", "fine_label_names.txt")):  # CIFAR's class names
-            with open_file(name) as file:
-                values = np.array(file.read(2**20).decode().split())[values]
+    values = [read_array(open_file, name) for name in filter(None, beside)]
+    for name, some, array in zip(beside, values, images):
+        if len(some) != len(array):
+            raise ValueError(f"{name} has {len(some):,} labels for {len(array):,} images")
     held_out = np.repeat(held, [len(array) for array in images]) if any(held) else None
-    return np.concatenate(images) if len(images) > 1 else images[0], values, held_out
+    images = np.concatenate(images) if len(images) > 1 else images[0]  # which may be large
+    return images, np.concatenate(values) if values else None, held_out
+
+
+def read_latents(file):
+    """Latents as (2C, S, S), mean and standard deviation of a VAE's posterior. Raises ValueError for others."""
+    latents = np.load(file, allow_pickle=False)
+    if (latents.dtype != np.float32 or latents.ndim != 3 or len(latents) % 2 or not np.isfinite(latents).all()
+            or (latents[len(latents) // 2:] < 0).any()):  # as logarithms of variances are
+        raise ValueError("must be float32 (2C, S, S), mean and standard deviation of a VAE's posterior")
+    return latents
 
 
 class Pictures:
-    """Files of pictures or latents as a sequence of arrays (C, H, W), uint8 or float32. changes: see from_picture()."""
+    """Files of pictures or latents as a sequence of arrays (C, H, W), uint8 or float32. changes, size: see
+    from_picture(). flat: the places of pictures that were read and have at most 32 colours, as masks do."""
 
-    def __init__(self, path, names, open_file, changes):
-        self.path, self.names, self.open_file, self.changes = path, names, open_file, changes
+    def __init__(self, path, names, open_file, changes, size):
+        self.path, self.names, self.open_file, self.changes, self.size = path, names, open_file, changes, size
+        self.flat = set()
 
     def __len__(self):
         return len(self.names)
@@ -185,78 +154,78 @@ class Pictures:
         name = self.names[i]
         with reading(f"{self.path}/{name}"), self.open_file(name) as file:
             content = BytesIO(file.read(2**30))  # whatever a zip says of sizes
-            if not name.lower().endswith(".npy"):
-                return from_picture(Image.open(content), self.changes)
-            latent = np.load(content, allow_pickle=False)
-            if (latent.dtype != np.float32 or latent.ndim != 3 or len(latent) % 2 or not np.isfinite(latent).all()
-                    or (latent[len(latent) // 2:] < 0).any()):  # as logarithms of variances are
-                raise ValueError("must be float32 (2C, S, S), mean and standard deviation of a VAE's posterior")
-            return latent
+            if name.lower().endswith(".npy"):
+                return read_latents(content)
+            image = Image.open(content)
+            array = from_picture(image, self.changes, self.size)
+            if not image.mode.startswith("I;16") and image.getcolors(32):
+                self.flat.add(i)
+            return array
 
 
-def read_labels(path, names, open_file, labels, lines):
-    """Pictures as training takes them: their names, the values of their labels or None, and which are held out or None.
+def read_labels(path, names, every, open_file, labels, lines):
+    """The values of the labels of pictures or None, and which are held out or None. every: the names of all files;
     labels: see open_source()."""
     held_out, levels = splits_by_folder(names, lines)
-    tables = [name for name in open_file.names if name.split("/")[-1] == "dataset.json"]
+    tables = [name for name in every if name.split("/")[-1] == "dataset.json"]
     if labels == "none":
-        values = None
-    elif labels:
+        return None, held_out
+    if labels:
         file, _, column = (labels, "", "") if Path(labels).is_file() else labels.partition(":")
         with reading(f"--labels={file}"):
-            values = labels_by_table(names, existing_file(file).read_text("utf-8-sig"), column, lines)
-    elif tables:
+            return labels_by_table(names, existing_file(file).read_text("utf-8-sig"), column, lines), held_out
+    if tables:
         with reading(f"{path}/{tables[0]}"), open_file(tables[0]) as file:
-            values = labels_by_json(names, tables[0], file.read(2**30), lines)
-    else:
-        values = classes_by_folder(names, held_out, levels, lines)
-    if values is not None and None in values:
-        kept = [i for i, value in enumerate(values) if value is not None]
-        names, values = [names[i] for i in kept], [values[i] for i in kept]
-        held_out = held_out[kept] if held_out[kept].any() else None
-    return names, values, held_out
+            return labels_by_json(names, tables[0], file.read(2**30), lines), held_out
+    return classes_by_folder(names, held_out, levels, lines), held_out
 
 
-def open_source(path, changes, labels=""):
-    """The Source in a folder or file, by what it holds. Raises UserError.
-
-    changes: a Counter, see from_picture(). labels: "none" for images without labels, a table FILE or FILE:COLUMN, or ""
-    for labels as they lie with the images: in a dataset.json, else by folder."""
-    path, lines = Path(path), []
-    with reading(path):
-        open_file = Files(path, lines)
-        every = list(open_file.names)
-        names = sorted(name for name in every if not is_litter(name))
-        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-        stems = {re.sub(r"(\.npy|\.gz)+$", "", name).replace(".idx", "-idx"): name
-                 for name in sorted(set(names) - set(pictures), reverse=True)}
-        found = [stem for stem in stems if IMAGE_STEMS.fullmatch(stem.split("/")[-1])]
-        found.sort(key=lambda stem: stem.split("/")[::-1])  # CIFAR's batches by their numbers
-        latents = [name for name in names if name.lower().endswith(".npy") and not found]
-        if "data_batch_1" in {stem.split("/")[-1] for stem in stems}:
-            raise ValueError("holds pickles, which can run code; take the binary archive: python data.py cifar10")
-        if pictures and (found or latents):
-            other = f"an array of images, {found[0]}" if found else ".npy latents"
-            raise ValueError(f"holds both pictures and {other}; take one of them out")
-        if found:
-            images, values, held_out = from_arrays(stems, found, open_file)
-            if labels not in ("", "none"):
-                raise ValueError("--labels=FILE goes with pictures; the labels of an array lie beside it")
-            values = None if labels else values
-        elif not pictures and (not latents or path.suffix.lower() == ".npz"):
-            raise ValueError(f"has arrays {', '.join(latents)[:200]}, but none called arr_0, images, x_train or "
-                             "train_images" if latents else "it holds no images of a kind that this reads")
-        elif path.is_file() and not zipfile.is_zipfile(path):
-            raise ValueError("is a tar of pictures, which is slow to read in any order; unpack it")
-        else:
-            kept, values, held_out = read_labels(path, pictures or latents, open_file, labels, lines)
-            images = Pictures(path, kept, open_file, changes)
-        labels, classes = (np.zeros(len(images), np.int64), []) if values is None else as_labels(values)
-    left = set(names) - open_file.opened - set(pictures + latents)
+def say_left_out(left, litter, classes, lines):
+    """Note the files that were left out, by kind."""
     tables = sorted(name for name in left if name.lower().endswith((".csv", ".tsv", ".txt")))
     if tables and not classes:
         lines.append(f"no labels were found; if {tables[0]} holds some, take --labels=FILE")
-    left = Counter(name if name.endswith(".npy") else os.path.splitext(name)[1] or name for name in left)
-    left |= {"hidden or of a system": len(every) - len(names)}
-    left = [f"{count:,} {ascii(kind)[1:-1]}" for kind, count in sorted(left.items()) if count]
-    return Source(images, labels, classes, held_out, lines + [f"left out: {', '.join(left)[:300]}"] * bool(left))
+    kinds = Counter(name if name.endswith(".npy") else os.path.splitext(name)[1] or name for name in left)
+    kinds["hidden or of a system"] = litter
+    kinds = [f"{count:,} {ascii(kind)[1:-1]}" for kind, count in sorted(kinds.items()) if count]
+    if kinds:
+        lines.append(f"left out: {', '.join(kinds)[:300]}")
+
+
+def open_source(path, changes, labels="", size=None):
+    """The Source in a folder or file, by what it holds. Raises UserError.
+
+    changes, size: see from_picture(). labels: "none" for images without labels, a table FILE or FILE:COLUMN, or "" for
+    labels as they lie with the images: in a dataset.json, else by folder."""
+    path, lines, used = Path(path), [], set()
+    with reading(path):
+        every, opener = open_files(path)
+        names = sorted(name for name in every if not LITTER.search(name))
+        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+        roles = {array_role(name): name for name in names if array_role(name)}
+        arrays = [name for (kind, _), name in roles.items() if kind == "images"]
+        latents = [name for name in names if name.lower().endswith(".npy") and not array_role(name)]
+
+        def open_file(name):
+            used.add(name)
+            return opener(name)
+
+        if arrays and not pictures:
+            images, values, held_out = from_arrays(roles, open_file, labels)
+        elif path.suffix.lower() == ".npz":
+            raise ValueError(f"has arrays {', '.join(latents)[:200]}, but none called arr_0, images, x_train or "
+                             "train_images")
+        elif pictures and (arrays or latents):
+            raise ValueError(f"holds both pictures and arrays, {(arrays + latents)[0]}; take one kind out")
+        elif not (pictures or latents):
+            raise ValueError("it holds no images of a kind that this reads")
+        else:
+            images = Pictures(path, pictures or latents, opener, changes, size)
+            values, held_out = read_labels(path, images.names, names, open_file, labels, lines)
+        numbers, classes = np.zeros(len(images), np.int64), []
+        if values is not None:
+            numbers, classes = as_labels(values, held_out, lines)
+        if held_out is not None and not held_out[numbers >= 0].any():
+            held_out = None
+    say_left_out(set(names) - used - set(pictures + latents), len(every) - len(names), classes, lines)
+    return Source(images, numbers, classes, held_out, lines)

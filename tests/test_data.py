@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import struct
+import tarfile
 import time
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 import data
-import prepare.sets
+import prepare.public
 from data import batch_indices, from_network, load_dataset, to_network, to_picture
 from helpers import Job, call
 from plumbing.command import UserError, reading
@@ -93,13 +94,8 @@ def idx(array):
     return struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
 
 
-def records(images, *before):
-    """Images as CIFAR's archives have them: the label i % 4 and the pixels of each, after other bytes."""
-    return b"".join(bytes([*before, i % 4]) + image.tobytes() for i, image in enumerate(images))
-
-
 def write(path, files):
-    """Files, {name: content}, as a folder, a .zip or a .tar.gz, or the bytes of one file. Returns the path."""
+    """Files, {name: content}, as a folder or an archive, or the bytes of one file. Returns the path."""
     if isinstance(files, bytes):
         path.write_bytes(files)
         return path
@@ -111,7 +107,7 @@ def write(path, files):
     return Path(shutil.make_archive(folder, kind, folder)).rename(path) if kind else path
 
 
-GREY, COLOUR, CIFAR = random_images(6, 5), random_images(6, 5, 3), random_images(12, 32, 3)
+GREY, COLOUR = random_images(6, 5), random_images(6, 5, 3)
 VALUES = np.array([10, 3, 9, 3, 10, 10])
 PNGS = {f"{i // 4:05d}/img{i:08d}.png": png(image) for i, image in enumerate(COLOUR)}
 
@@ -120,13 +116,9 @@ def good_sources(folder):
     """Sources of every kind: path, the images in their order, the class of each if there are classes, how many of the
     last images are held out, and what else is said."""
     three = [str(value) for value in VALUES]
-    for end, pack in (("-idx3-ubyte.gz", gzip.compress), (".idx3-ubyte", bytes)):
-        write(folder / f"my-labels{end}".replace("idx3", "idx1"), pack(idx(VALUES)))
-        yield write(folder / f"my-images{end}", pack(idx(GREY[:, 0]))), GREY, three, 0
-    yield write(folder / "alone", idx(GREY[:, 0])), GREY, [], 0  # told by what it holds
-    raw = {f"raw/{part}-{kind}-ubyte": idx(array) for part, at in (("train", slice(4)), ("t10k", slice(4, 6)))
-           for kind, array in (("images-idx3", GREY[at, 0]), ("labels-idx1", VALUES[at]))}
-    yield write(folder / "MNIST", raw | {"raw/a.gz": b""}), GREY, three, 2, "left out: 1 .gz"
+    write(folder / "my-labels.npy", saved(np.save, VALUES))
+    yield write(folder / "my-images.npy", saved(np.save, GREY[:, 0])), GREY, three, 0
+    yield write(folder / "anything.npy", saved(np.save, GREY[:, 0])), GREY, [], 0
     split = {"x_train": GREY[:4, 0], "y_train": VALUES[:4], "x_test": GREY[4:, 0], "y_test": VALUES[4:]}
     yield write(folder / "keras.npz", saved(np.savez, **split)), GREY, three, 2
     last, parts = COLOUR.transpose(0, 2, 3, 1), (("train", slice(4)), ("test", slice(4, 5)), ("val", slice(5, 6)))
@@ -138,12 +130,6 @@ def good_sources(folder):
     pair = {"images.npy": saved(np.save, COLOUR), "labels.npy": saved(np.save, VALUES), "notes.txt": b""}
     yield write(folder / "pair", pair), COLOUR, three, 0, "left out: 1 .txt"
     yield folder / "pair" / "images.npy", COLOUR, three, 0
-    things, names = ["ant", "bee", "cat", "dog"] * 3, b"ant\nbee\ncat\ndog"
-    files = {"b/data_batch_1.bin": records(CIFAR[:4]), "a/data_batch_2.bin": records(CIFAR[4:8]),
-             "a/test_batch.bin": records(CIFAR[8:]), "a/batches.meta.txt": names}
-    yield write(folder / "cifar-10.tar.gz", files), CIFAR, things, 4
-    files = {"train.bin": records(CIFAR[:8], 7), "test.bin": records(CIFAR[8:], 7), "fine_label_names.txt": names}
-    yield write(folder / "cifar-100.tar.gz", files), CIFAR, things, 4
     junk = {"__MACOSX/a.png": b"", ".hidden/b.png": b"", "._c.png": b"", "Thumbs.db": b"", "d.heic": b"", "e.txt": b""}
     kinds = [f"kind {value}" for value in VALUES]
     table = json.dumps({"labels": list(zip(PNGS, kinds))}).encode("utf-8-sig")
@@ -243,10 +229,6 @@ def test_links_are_followed_once_and_name_no_class(tmp_path):
     (folder / "z" / "again").symlink_to(folder), (tmp_path / "link" / "set").symlink_to(folder)
     dataset, _ = make_ready(tmp_path / "link", "--holdout=0")
     assert np.array_equal(dataset.images, GREY[[0, 2, 4, 1, 3, 5]]) and dataset.facts["classes"] == ["d", "z"]
-    folder = write(tmp_path / "cifar", {"data_batch_1.bin": records(CIFAR)})
-    (folder / "data_batch_2.bin").hardlink_to(folder / "data_batch_1.bin")  # one entry of the tar is a link to another
-    dataset, _ = make_ready(shutil.make_archive(folder, "tar", folder), "--holdout=0")
-    assert dataset.facts["counts"] == [6] * 4
 
 
 def test_broken_images_are_left_out_if_asked(tmp_path):
@@ -278,41 +260,34 @@ def bad_sources():
     pixels = random_images(4, 6)
     files = {f"{i}.png": png(image) for i, image in enumerate(pixels)}
     classes = {f"{'ab'[i % 2]}/{i}.png": png(image) for i, image in enumerate(pixels)}
-    moving = png(pixels[0], format="GIF", save_all=True, append_images=[Image.fromarray(pixels[1, 0])])
-    yield "cut-idx3.gz", gzip.compress(idx(pixels[:, 0]))[:-20], "ended"
-    yield "huge-idx3", struct.pack(">IIII", 0x803, 2**31, 2**15, 2**15), "huge-idx3"
-    yield "words", b"no images here", "is neither .npy nor an idx file"
+    array = saved(np.save, pixels)
+    yield "cut.npy", array[:-20], "cut.npy: "
+    yield "words", b"no images here", "it holds no images of a kind"
+    yield "pickled.npy", saved(np.save, np.array([{}])), "Object arrays cannot be loaded"
     yield "few.npz", saved(np.savez, pixels[:, 0], np.arange(3)), "has 3 labels for 4 images"
     yield "float.npz", saved(np.savez, pixels[:, 0] / 255), "(images * 255).round().astype('uint8')"
     yield "names.npz", saved(np.savez, pictures=pixels[:, 0], y=np.arange(4)), "has arrays "
     half = {"x_train": pixels[:, 0], "x_test": pixels[:, 0], "y_test": np.arange(4)}
     yield "half.npz", saved(np.savez, **half), "some of its images"
-    array = saved(np.save, pixels)
-    yield "twice", {"a/images.npy": array, "b/images.npy": array}, "several sets of images, a/images, b/images"
-    yield "stray", files | {"images.npy": array}, "both pictures and an array of images, images"
-    yield "pictures.tar.gz", files, "is a tar of pictures"
-    inner = {f"{'ab'[i % 2]}/{('train', 'test')[i // 2]}/{i}.png": x for i, x in enumerate(files.values())}
-    yield "inner", inner, "splits must be the outermost folders"
+    yield "twice", {"a/images.npy": array, "b/images.npy": array}, "several sets of images, a/images.npy, b/images.npy"
+    yield "stray", files | {"images.npy": array}, "both pictures and arrays, images.npy"
+    yield "pictures.tar.gz", files, "it holds no images of a kind"
     doubled = json.dumps({"labels": [[name, 0] for name in [*files, "0.png"]]}).encode()
     yield "doubled.zip", files | {"dataset.json": doubled}, "dataset.json: has two labels for one image"
     yield "same.npz", saved(np.savez, np.ones((2, 4, 4), np.uint8)), "alike"
     yield "tags.npz", saved(np.savez, pixels[:, 0], np.ones((4, 2), int)), "one whole number, one text or one one-hot"
-    yield "only.npz", saved(np.savez, x_train=pixels[:, 0], y_train=[0, 0, 1, 1], x_test=pixels[:, 0],
-                            y_test=[0, 1, 2, 2]), "no image of '2' is left to train on"
     yield "lost.zip", files | {"dataset.json": b'{"labels": [["0.png", 1]]}'}, "dataset.json: has no label for 1.png"
     yield "nested.zip", files | {"dataset.json": b"[" * 10**5}, "dataset.json: RecursionError"
     yield "broken.zip", files | {"9.png": b"no"}, "9.png: cannot identify"
     yield "other", files | {"9.png": png(pixels[0, :, :5, :5])}, "9.png is 1x5x5, the first is 1x6x6: images"
     deep = saved(Image.fromarray(pixels[0, 0] * 1.0).save, format="TIFF")
     yield "deep", files | {"9.tif": deep}, "9.tif: has real numbers of 32 bits"
-    yield "moving", files | {"9.png": moving}, "9.png: is animated, 2 frames"
     yield "untidy", files | {"cats/0.png": files["0.png"]}, "0.png lies beside the folders"
-    yield "train", classes | {"train/0.png": files["0.png"]}, "has a folder train: if it is a split"
-    yield "cifar-10-batches-py", {"data_batch_1": b"", "test_batch": b""}, "binary archive: python data.py cifar10"
+    yield "train", classes | {"train/0.png": files["0.png"]}, "has folders that look like splits, train beside a, b"
     yield "nan.zip", {"a.npy": saved(np.save, np.full((8, 4, 4), np.nan, np.float32))}, "a.npy: must be float32"
     yield "logs.zip", {"a.npy": saved(np.save, np.full((8, 4, 4), -9, np.float32))}, "a.npy: must be float32"
     yield "code.zip", {"a.npy": saved(np.save, np.array([{}]))}, "a.npy: Object arrays cannot be loaded"
-    yield "both.zip", files | {"a.npy": b""}, "both pictures and .npy latents"
+    yield "both.zip", files | {"a.npy": b""}, "both pictures and arrays, a.npy"
     yield "nothing", {"a.txt": b""}, "it holds no images of a kind"
     yield "nowhere", {}, "there is no such file"
 
@@ -368,23 +343,60 @@ def test_a_damaged_set_is_one_line(tmp_path):
             load_dataset("a")
 
 
-def test_a_download_is_whole_and_has_its_hash_or_is_not_there(tmp_path, monkeypatch):
+LABELS = np.arange(15) % 3  # of the public sets here
+
+
+def public_files():
+    """Files of each public set as its owners have them, of 10 images to train on and 5 held out."""
+    for name in ("mnist", "fashion-mnist"):
+        pixels = random_images(15, 28)
+        parts = [idx(part) for at in (slice(10), slice(10, 15)) for part in (pixels[at, 0], LABELS[at])]
+        files = dict(zip(prepare.public.DOWNLOADS[name][1], map(gzip.compress, parts)))
+        yield name, files, pixels
+    for name, folder, parts, names, before in (
+            ("cifar10", "cifar-10-batches-bin", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
+             "batches.meta.txt", b""), ("cifar100", "cifar-100-binary", ["train", "test"], "fine_label_names.txt", b"c")):
+        pixels = random_images(15, 32, 3)
+        records = [before + bytes([label]) + image.tobytes() for image, label in zip(pixels, LABELS)]
+        each = 10 // (len(parts) - 1)
+        files = {f"{part}.bin": b"".join(records[each * i:each * i + each]) for i, part in enumerate(parts[:-1])}
+        files |= {f"{parts[-1]}.bin": b"".join(records[10:]), names: b"ant\nbee\ncat\n", "readme.html": b""}
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            for file, content in reversed(files.items()):
+                member = tarfile.TarInfo(f"{folder}/{file}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        yield name, dict(zip(prepare.public.DOWNLOADS[name][1], [packed.getvalue()])), pixels
+
+
+def test_a_public_set_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.setdefaulttimeout", lambda seconds: None)
-    images, folder = gzip.compress(idx(random_images(20, 4)[:, 0])), data.DATASETS / "downloads" / "fashion-mnist"
-    first, second = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
-    contents = {first: images, second: gzip.compress(idx(np.arange(20) % 10))}
-    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setitem(prepare.sets.DOWNLOADS, "fashion-mnist", (f"file://{tmp_path}/served/", files))
-    for wrong in ({}, {first: b"<html>"}, {first: images[:-1]}, {first: images[:-1] + b"!"}):
-        write(tmp_path / "served", wrong)  # at first there is nothing
-        line = refusal("fashion-mnist", code=1)
-        assert "cannot download file://" in line and f"put the file at {folder}/{first}" in line
-        assert not any(folder.iterdir())
-    served = write(tmp_path / "served", contents)
-    assert make_ready("fashion-mnist")[0].facts["classes"][0] == "T-shirt"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
-    shutil.rmtree(served)
-    assert len(make_ready("fashion-mnist", "--overwrite", "--holdout=0")[0]) == 20  # it is not fetched again
+    monkeypatch.setattr(prepare.public, "TEST_IMAGES", 5)
+    classes = {"mnist": ["0", "1", "2"], "fashion-mnist": ["T-shirt", "trouser", "pullover"]}
+    for name, contents, pixels in public_files():
+        base, folder = f"file://{tmp_path}/{name}/", data.DATASETS / "downloads" / name
+        files = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+        monkeypatch.setitem(prepare.public.DOWNLOADS, name, (base, files))
+        monkeypatch.setitem(prepare.public.MNIST, name, classes.get(name))
+        file, content = next(iter(contents.items()))
+        for wrong in ({}, {file: b"<html>"}, {file: content[:-1]}, {file: content[:-1] + b"!"}):
+            write(tmp_path / name, wrong)  # at first there is nothing
+            line = refusal(name, code=1)
+            assert "cannot download file://" in line and f"put the file at {folder}/{file}" in line
+            assert not any(folder.iterdir())
+        served = write(tmp_path / name, contents)
+        dataset, _ = make_ready(name)
+        assert np.array_equal(dataset.images, pixels[:10]) and np.array_equal(dataset.holdout.images, pixels[10:])
+        assert np.array_equal(dataset.labels, LABELS[:10]) and np.array_equal(dataset.holdout.labels, LABELS[10:])
+        assert dataset.facts["classes"] == classes.get(name, ["ant", "bee", "cat"])
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+        shutil.rmtree(served)
+        dataset, _ = make_ready(name, "--overwrite", "--labels=none")  # it is not fetched again
+        assert len(dataset) == 10 and dataset.facts["classes"] == []
+    assert "goes with pictures" in refusal(name, "--name=other", "--labels=table.csv")
+    (folder / next(iter(contents))).write_bytes(b"damaged")
+    assert f"{folder}: " in refusal(name, "--overwrite")
 
 
 def test_errors_while_reading_become_one_line_with_the_file():
@@ -408,4 +420,4 @@ def test_a_script_ends_in_one_line_but_a_bug_raises(error, code, line, capsys):
 
 
 def test_the_public_sets_are_those_that_can_be_fetched():
-    assert data.PUBLIC_SETS == tuple(prepare.sets.DOWNLOADS)
+    assert data.PUBLIC_SETS == tuple(prepare.public.DOWNLOADS)
