@@ -12,9 +12,9 @@ same reference and from the same number of images.
     python fid.py sweep RUN --std 0.03 0.05 0.1   # distance of a run to its dataset, by EMA width
                   --guidance 1 1.5 2              # and by guidance, always from the same seeds
 
-A source is a set that data.py prepared, a folder, zip or npz of images as they are, an npz of
-statistics (mu, sigma), or a run directory or snapshot, from which samples are drawn, in float32.
-Under torchrun processes share the work.
+A source is a set that data.py prepared, a folder, zip or npz of images (their central squares), an
+npz of statistics (mu, sigma), or a run directory or snapshot, from which samples are drawn, in
+float32. Under torchrun processes share the work.
 
 Source: [FID] Heusel et al. 2017, arXiv 1706.08500. Read sample.py before.
 """
@@ -323,8 +323,9 @@ def open_images(source, shape):
     """Any other source as Images.
 
     shape: what to make of them, by the preparation that data.py has for training, or None: they
-    stay as they are, grey ones among colour in colour. Why: otherwise the distance would also
-    measure that the two sides were cropped or resized differently."""
+    keep their size, but are cropped to squares, and grey ones among colour become colour, as
+    data.py does it. Why: otherwise the distance would also measure that the two sides were cropped
+    or resized differently."""
     ready, here = find_set(source), Path(source).exists()
     if ready and here and not ready.samefile(source):
         raise UserError(f"{source} is a path here and also a prepared set; "
@@ -333,13 +334,15 @@ def open_images(source, shape):
         images = load_dataset(source).images
         places = range(len(images))
     else:
-        found = open_source(source, Counter())
+        found = open_source(source, Counter(), "none")
         held_out = np.zeros(len(found.images), bool) if found.held_out is None else found.held_out
         images, places = found.images, np.flatnonzero(~held_out).tolist()
-    colour = shape is None and any(len(images[place]) > 1 for place in places)
-    form = "as they are"
     if shape:
-        form = f"{shape[1]}x{shape[2]}, {'grey' if shape[0] == 1 else 'colour'}, as the run's"
+        channels, side, _ = shape
+        form = f"{side}x{side}, {'grey' if channels == 1 else 'colour'}, as the run's"
+    else:
+        colour = any(len(images[place]) > 1 for place in places)
+        channels, side, form = 3 if colour else 1, None, "in their own size"
     part = "" if len(places) == len(images) else f", those to train on, of {len(images):,}"
     warn(f"{source}: {len(places):,} images{part}, {form}")
 
@@ -347,11 +350,7 @@ def open_images(source, shape):
         batch = [images[places[number]] for number in numbers]
         if batch[0].dtype != np.uint8:
             raise UserError(f"{source}: holds latents; name images to compare with")
-        if shape:
-            channels, side, _ = shape
-            batch = [crop_and_resize(image, side, channels, Counter()) for image in batch]
-        elif colour:
-            batch = [np.repeat(image, 3 // len(image), axis=0) for image in batch]
+        batch = [crop_and_resize(image, side, channels, Counter()) for image in batch]
         if len({image.shape for image in batch}) > 1:
             raise UserError(f"{source}: its images differ in size; "
                             "python data.py with --size makes them alike")

@@ -24,9 +24,11 @@ def same_form(text):
 
 
 def as_labels(values, held_out, lines):
-    """Labels 0, 1, ... and names of classes, in natural order: 2 before 10. Images held out of a class that has none to
-    train on get the label -1. values: whole numbers, texts or one-hot; lines: gets what is odd."""
-    values = np.asarray(values)
+    """Labels 0, 1, ... and names of classes, in natural order: 2 before 10. An image has the label -1 if its value is
+    None, or if it is held out of a class with none to train on. values: whole numbers, texts or one-hot; lines: gets
+    what is odd."""
+    there = np.array([value is not None for value in values])
+    values = np.asarray([value for value in values if value is not None])
     values = values.ravel() if values.size == len(values) else values  # MedMNIST's are (N, 1)
     if values.ndim == 2 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
         values = values.argmax(1)
@@ -36,14 +38,16 @@ def as_labels(values, held_out, lines):
         raise ValueError("labels must be one whole number, one text or one one-hot vector for each image, printable; "
                          "--labels=none takes the images without labels")
     names = np.array([same_form(name) for name in values.astype(str)])
-    found = np.unique(names if held_out is None else names[~held_out]).tolist()
-    classes = sorted(found, key=lambda name: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name))
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers.get(name, -1) for name in names.tolist()])
     every = np.unique(names).tolist()
-    others = ", ".join(repr(name) for name in every if name not in numbers)
+    trained = every if held_out is None else np.unique(names[~held_out[there]]).tolist()
+    classes = sorted(trained, key=lambda name: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name))
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.full(len(there), -1)
+    labels[there] = [numbers.get(name, -1) for name in names.tolist()]
+    others = [repr(name) for name in every if name not in numbers]
     if others:
-        lines.append(f"left out: {sum(labels < 0):,} images held out of classes with none to train on: {others[:200]}")
+        count = sum(labels[there] < 0)
+        lines.append(f"left out: {count:,} images held out of classes with none to train on: {', '.join(others)[:200]}")
     folded = Counter(map(str.casefold, every))
     alike = sorted((name for name in every if folded[name.casefold()] > 1), key=str.casefold)
     if alike:
@@ -52,9 +56,9 @@ def as_labels(values, held_out, lines):
 
 
 def split_of(folder):
-    """What the name of a folder says of a split: whether it is held out, and the other words of the name without
-    numbers. None if it says nothing, or two things. train2017, seg_test and DIV2K_valid_HR are such names."""
-    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", folder)]
+    """What the name of a folder says of a split: whether it is held out, and the other words of the name. None if it
+    says nothing, or two things. train2017, seg_test and DIV2K_valid_HR are such names."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", folder)]
     marks = [word for word in words if word in SPLIT_WORDS]
     if len(marks) != 1:
         return None
@@ -71,7 +75,7 @@ def find_split(level):
     both = {splits[folder][0] for folder in marked} == {True, False}
     if both and not others:
         return np.array([splits[folder][0] for folder in level]), [splits[folder][1] for folder in level]
-    if both or not all(splits[folder][1] for folder in marked):
+    if both or not all(re.search("[a-z]", splits[folder][1]) for folder in marked):
         beside = f" beside {', '.join(others)[:60]}" if others else ""
         raise ValueError(f"has folders that look like splits, {', '.join(marked)[:60]}{beside}: splits are train and "
                          "one to hold out, or more, with no other folder beside them; a class needs another name")
@@ -87,7 +91,8 @@ def splits_by_folder(names, lines):
         found = find_split(level)
         if found:
             held_out, levels[i] = found
-            lines.append(f"the folders {', '.join(sorted(set(level)))} are splits: what is not train is held out")
+            folders = ", ".join(sorted(set(level)))
+            lines.append(f"the folders {folders[:200]} are splits: what is not train is held out")
             return held_out, [level for level in levels if len(set(np.array(level)[~held_out])) > 1]
     return None, levels
 
@@ -110,20 +115,26 @@ def classes_by_folder(names, held_out, levels, lines):
     for i, folder in enumerate(levels[0]):
         if not folder and (held_out is None or not held_out[i]):
             raise ValueError(f"{names[i]} lies beside the folders of the classes; put it into one, or take it out")
+    if len(levels) > 1:
+        inner = ", ".join(sorted({*levels[1]} - {""}))
+        lines.append(f"folders within the folders of the classes make no classes of their own: {inner[:200]}")
     return levels[0]
 
 
 def match_names(names, pairs, table, lines):
-    """The value of each file out of pairs (name, value). Raises ValueError for files without one, or with two."""
-    values = {same_form(name): value for name, value in pairs}
-    missing = [name for name in names if same_form(name) not in values]
-    if missing:
-        raise ValueError(f"has no label for {missing[0]}")
-    if len(values) < len(pairs):
-        raise ValueError("has two labels for one image")
-    if len(values) > len(names):
-        lines.append(f"{table} names images that are not there: {len(values) - len(names):,}")
-    return [values[same_form(name)] for name in names]
+    """The value of each file out of pairs (name, value), or None. Raises ValueError for two values of one file."""
+    values = {}
+    for name, value in pairs:
+        if values.setdefault(same_form(name), value) != value:
+            raise ValueError(f"has two labels for {name}")
+    without = [name for name in names if same_form(name) not in values]
+    if len(without) == len(names):
+        raise ValueError(f"has no label for any of the images, such as {names[0]}")
+    if without:
+        lines.append(f"left out: {len(without):,} images for which {table} has no label, {without[0]} first")
+    if len(values) > len(names) - len(without):
+        lines.append(f"{table} names images that are not there: {len(values) - len(names) + len(without):,}")
+    return [values.get(same_form(name)) for name in names]
 
 
 def labels_by_json(names, table, text, lines):
@@ -147,25 +158,31 @@ def rows_of(text):
 
 
 def labels_by_table(names, text, column, lines):
-    """The value that a CSV or a text file has for each file: one row for each, with the file's path, name or stem in
-    one column and the label in another, called `column` ("": the only other one). The row before the first that names a
-    file is the header; it may leave out the column of files, as CelebA's does."""
-    files = {}  # by path, name and stem, where that is of one file alone; else None
+    """The value that a CSV or a text file has for each file, or None: a row for each, with the file's path or name, or
+    else its stem, in the column that names most files, and the label in another, called `column` ("": the only other
+    one). The header is the first row above that has as many columns, or one fewer, as CelebA's, which leaves the files'
+    out."""
+    whole, stems = {}, {}  # files by path or name, and by stem; None where that is of several
     for name in map(same_form, names):
         last = name.split("/")[-1]
-        for key in {name, last, last.rsplit(".", 1)[0]}:
-            files[key] = None if key in files else name
+        for files, key in ((whole, name), (whole, last), (stems, last.rsplit(".", 1)[0])):
+            files[key] = name if files.get(key, name) == name else None
     rows = rows_of(text)
-    columns = list(zip_longest(*([files.get(same_form(cell)) for cell in row] for row in rows)))
-    named = [len(set(column) - {None}) for column in columns]
-    if not any(named):
-        raise ValueError("names none of the images")
+    for files in (whole, stems):
+        columns = list(zip_longest(*([files.get(same_form(cell)) for cell in row] for row in rows)))
+        named = [len(set(column) - {None}) for column in columns]
+        if any(named):
+            break
+    else:
+        raise ValueError(f"names none of the images, such as {names[0]}")
     place = named.index(max(named))
     first = next(i for i, name in enumerate(columns[place]) if name)
-    header = rows[first - 1] if first else []
-    if len(header) == len(rows[first]) - 1:
+    width = len(rows[first])
+    headers = [i for i, row in enumerate(rows[:first]) if width - 1 <= len(row) <= width]
+    header, start = (rows[headers[0]], headers[0] + 1) if headers else ([], first)
+    if len(header) == width - 1:
         header = [*header[:place], "", *header[place:]]
-    others = [i for i in range(len(rows[first])) if i != place]
+    others = [i for i in range(width) if i != place]
     if column:
         if column not in header:
             raise ValueError(f"has no column {column}, but {', '.join(filter(None, header))[:300] or 'no header'}")
@@ -174,9 +191,9 @@ def labels_by_table(names, text, column, lines):
         raise ValueError(f"has {len(others)} columns beside the files': choose one with --labels=FILE:COLUMN, "
                          f"{', '.join(header[i] for i in others)[:300] if header else 'by the header that it lacks'}")
     pairs = []
-    for number, row in enumerate(rows[first:], first):
-        if len(row) != len(rows[first]):
-            raise ValueError(f"row {number + 1} has {len(row)} columns, the first has {len(rows[first])}")
+    for number, row in enumerate(rows[start:], start):
+        if len(row) != width:
+            raise ValueError(f"row {number + 1} has {len(row)} columns, others have {width}")
         if row[others[0]]:
             pairs.append((columns[place][number] or row[place], row[others[0]]))
     return match_names(names, pairs, "the table", lines)

@@ -44,14 +44,14 @@ def names_in_zip(entries):
     try:
         return names("utf-8")
     except UnicodeDecodeError:
-        warn("the zip's names are neither ASCII nor UTF-8 and were read as code page 437; if they look wrong, unpack it "
-             "where they look right (unzip -O cp932, for Japanese) and prepare the folder")
+        warn("the zip's names are neither ASCII nor UTF-8 and were read as code page 437; if they look wrong, unpack "
+             "it where they look right (unzip -O cp932, for Japanese) and prepare the folder")
         return names("cp437")
 
 
 def open_files(path):
-    """The files of a folder, zip or npz: their names, and a function that opens one by its name. A .npy file counts as
-    a folder of images.npy and, if labels lie beside it, labels.npy. Why: all other code sees only names and bytes."""
+    """The files of a folder, zip or npz: their names, and a function that opens one by its name. A .npy file is like a
+    folder of images.npy and, if labels lie beside it, labels.npy. Why: all other code sees only names and bytes."""
     if path.is_dir():
         return names_in_folder(path), lambda name: open(existing_file(path / name), "rb")
     if not zipfile.is_zipfile(existing_file(path)):
@@ -71,10 +71,11 @@ def names_in_folder(path):
     names, seen, folders, links = [], set(), [""], []
     while folders or links:
         folder = (folders or links).pop()
-        if os.path.realpath(path / folder) in seen:
+        place = os.path.realpath(path / folder)
+        if place in seen:
             continue
-        seen.add(os.path.realpath(path / folder))
-        for entry in sorted(os.scandir(path / folder), key=lambda entry: entry.name, reverse=True):
+        seen.add(place)
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name, reverse=True):
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
             else:
@@ -163,29 +164,29 @@ class Pictures:
             return array
 
 
-def read_labels(path, names, every, open_file, labels, lines):
-    """The values of the labels of pictures or None, and which are held out or None. every: the names of all files;
-    labels: see open_source()."""
-    held_out, levels = splits_by_folder(names, lines)
-    tables = [name for name in every if name.split("/")[-1] == "dataset.json"]
+def read_labels(path, pictures, names, open_file, labels, lines):
+    """The values of the labels of pictures or None, and which are held out or None. names: of all files; labels: see
+    open_source()."""
+    held_out, levels = splits_by_folder(pictures, lines)
+    tables = [name for name in names if name.split("/")[-1] == "dataset.json"]
     if labels == "none":
         return None, held_out
     if labels:
         file, _, column = (labels, "", "") if Path(labels).is_file() else labels.partition(":")
         with reading(f"--labels={file}"):
-            return labels_by_table(names, existing_file(file).read_text("utf-8-sig"), column, lines), held_out
+            return labels_by_table(pictures, existing_file(file).read_text("utf-8-sig"), column, lines), held_out
     if tables:
         with reading(f"{path}/{tables[0]}"), open_file(tables[0]) as file:
-            return labels_by_json(names, tables[0], file.read(2**30), lines), held_out
-    return classes_by_folder(names, held_out, levels, lines), held_out
+            return labels_by_json(pictures, tables[0], file.read(2**30), lines), held_out
+    return classes_by_folder(pictures, held_out, levels, lines), held_out
 
 
-def say_left_out(left, litter, classes, lines):
-    """Note the files that were left out, by kind."""
-    tables = sorted(name for name in left if name.lower().endswith((".csv", ".tsv", ".txt")))
+def say_left_out(names, litter, classes, lines):
+    """Note what was left out: files by kind, and how many were litter."""
+    tables = sorted(name for name in names if name.lower().endswith((".csv", ".tsv", ".txt")))
     if tables and not classes:
         lines.append(f"no labels were found; if {tables[0]} holds some, take --labels=FILE")
-    kinds = Counter(name if name.endswith(".npy") else os.path.splitext(name)[1] or name for name in left)
+    kinds = Counter(name if name.endswith(".npy") else os.path.splitext(name)[1] or name for name in names)
     kinds["hidden or of a system"] = litter
     kinds = [f"{count:,} {ascii(kind)[1:-1]}" for kind, count in sorted(kinds.items()) if count]
     if kinds:
@@ -197,35 +198,34 @@ def open_source(path, changes, labels="", size=None):
 
     changes, size: see from_picture(). labels: "none" for images without labels, a table FILE or FILE:COLUMN, or "" for
     labels as they lie with the images: in a dataset.json, else by folder."""
-    path, lines, used = Path(path), [], set()
+    path, lines = Path(path), []
     with reading(path):
-        every, opener = open_files(path)
+        every, open_file = open_files(path)
         names = sorted(name for name in every if not LITTER.search(name))
         pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
         roles = {array_role(name): name for name in names if array_role(name)}
-        arrays = [name for (kind, _), name in roles.items() if kind == "images"]
+        arrays = [name for (_, part), name in roles.items() if ("images", part) in roles]
         latents = [name for name in names if name.lower().endswith(".npy") and not array_role(name)]
-
-        def open_file(name):
-            used.add(name)
-            return opener(name)
-
-        if arrays and not pictures:
+        if pictures and (arrays or latents):
+            raise ValueError(f"holds both pictures and arrays, {(arrays or latents)[0]}; take one kind out")
+        if arrays:
+            used = arrays
             images, values, held_out = from_arrays(roles, open_file, labels)
-        elif path.suffix.lower() == ".npz":
+        elif pictures or (latents and path.suffix.lower() != ".npz"):
+            used = pictures or latents
+            images = Pictures(path, used, open_file, changes, size)
+            values, held_out = read_labels(path, used, names, open_file, labels, lines)
+        elif latents:
             raise ValueError(f"has arrays {', '.join(latents)[:200]}, but none called arr_0, images, x_train or "
                              "train_images")
-        elif pictures and (arrays or latents):
-            raise ValueError(f"holds both pictures and arrays, {(arrays + latents)[0]}; take one kind out")
-        elif not (pictures or latents):
-            raise ValueError("it holds no images of a kind that this reads")
         else:
-            images = Pictures(path, pictures or latents, opener, changes, size)
-            values, held_out = read_labels(path, images.names, names, open_file, labels, lines)
+            raise ValueError("it holds no images of a kind that this reads")
         numbers, classes = np.zeros(len(images), np.int64), []
         if values is not None:
             numbers, classes = as_labels(values, held_out, lines)
         if held_out is not None and not held_out[numbers >= 0].any():
             held_out = None
-    say_left_out(set(names) - used - set(pictures + latents), len(every) - len(names), classes, lines)
+    left = [name for name in set(names) - set(used) if not name.endswith("dataset.json")
+            and not os.path.abspath(labels).startswith(os.path.abspath(path / name))]
+    say_left_out(left, len(every) - len(names), classes, lines)
     return Source(images, numbers, classes, held_out, lines)

@@ -272,11 +272,11 @@ def bad_sources():
     yield "twice", {"a/images.npy": array, "b/images.npy": array}, "several sets of images, a/images.npy, b/images.npy"
     yield "stray", files | {"images.npy": array}, "both pictures and arrays, images.npy"
     yield "pictures.tar.gz", files, "it holds no images of a kind"
-    doubled = json.dumps({"labels": [[name, 0] for name in [*files, "0.png"]]}).encode()
-    yield "doubled.zip", files | {"dataset.json": doubled}, "dataset.json: has two labels for one image"
+    doubled = json.dumps({"labels": [[name, i] for i, name in enumerate([*files, "0.png"])]}).encode()
+    yield "doubled.zip", files | {"dataset.json": doubled}, "dataset.json: has two labels for 0.png"
     yield "same.npz", saved(np.savez, np.ones((2, 4, 4), np.uint8)), "alike"
     yield "tags.npz", saved(np.savez, pixels[:, 0], np.ones((4, 2), int)), "one whole number, one text or one one-hot"
-    yield "lost.zip", files | {"dataset.json": b'{"labels": [["0.png", 1]]}'}, "dataset.json: has no label for 1.png"
+    yield "lost.zip", files | {"dataset.json": b'{"labels": [["a/0.png", 1]]}'}, "has no label for any of the images"
     yield "nested.zip", files | {"dataset.json": b"[" * 10**5}, "dataset.json: RecursionError"
     yield "broken.zip", files | {"9.png": b"no"}, "9.png: cannot identify"
     yield "other", files | {"9.png": png(pixels[0, :, :5, :5])}, "9.png is 1x5x5, the first is 1x6x6: images"
@@ -353,13 +353,14 @@ def public_files():
         parts = [idx(part) for at in (slice(10), slice(10, 15)) for part in (pixels[at, 0], LABELS[at])]
         files = dict(zip(prepare.public.DOWNLOADS[name][1], map(gzip.compress, parts)))
         yield name, files, pixels
+    batches = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     for name, folder, parts, names, before in (
-            ("cifar10", "cifar-10-batches-bin", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
-             "batches.meta.txt", b""), ("cifar100", "cifar-100-binary", ["train", "test"], "fine_label_names.txt", b"c")):
+            ("cifar10", "cifar-10-batches-bin", batches, "batches.meta.txt", b""),
+            ("cifar100", "cifar-100-binary", ["train", "test"], "fine_label_names.txt", b"c")):
         pixels = random_images(15, 32, 3)
         records = [before + bytes([label]) + image.tobytes() for image, label in zip(pixels, LABELS)]
         each = 10 // (len(parts) - 1)
-        files = {f"{part}.bin": b"".join(records[each * i:each * i + each]) for i, part in enumerate(parts[:-1])}
+        files = {f"{part}.bin": b"".join(records[each * i:][:each]) for i, part in enumerate(parts[:-1])}
         files |= {f"{parts[-1]}.bin": b"".join(records[10:]), names: b"ant\nbee\ncat\n", "readme.html": b""}
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:

@@ -163,3 +163,8 @@ def test_a_raw_source_and_the_set_made_of_it_are_the_same_images(folder, monkeyp
         result = call("fid.py", "compare", "gen.npz", other, "--features=pixels")
         assert result.stdout == "0\n" and f"{other}: 30 images" in result.stderr
     assert "those to train on, of 40" in result.stderr
+    (folder / "wide").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(np.pad(image, ((0, 0), (4, 4)))).save(folder / "wide" / f"{i}.png")
+    assert call("data.py", "wide", "--name=square", "--holdout=0").returncode == 0
+    assert call("fid.py", "compare", "wide", "square", "--features=pixels").stdout == "0\n"
