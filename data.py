@@ -81,7 +81,7 @@ def load_arrays(folder, prefix, facts):
     images, labels = (
         np.load(existing_file(folder / f"{prefix}{name}.npy"), mmap_mode="r", allow_pickle=False)
         for name in ("images", "labels"))
-    count, channels, side, _ = images.shape
+    _, channels, side, _ = images.shape
     if (images.shape != (len(labels), channels, side, side)
             or images.dtype != (np.float32 if facts["latent"] else np.uint8)
             or np.any((labels < 0) | (labels >= len(facts["counts"])))):

@@ -125,7 +125,7 @@ def match_names(names, pairs, table, lines):
     """The value of each file out of pairs (name, value), or None. Raises ValueError for two values of one file."""
     values = {}
     for name, value in pairs:
-        if values.setdefault(same_form(name), value) != value:
+        if value not in (None, "") and values.setdefault(same_form(name), value) != value:
             raise ValueError(f"has two labels for {name}")
     without = [name for name in names if same_form(name) not in values]
     if len(without) == len(names):
@@ -194,6 +194,5 @@ def labels_by_table(names, text, column, lines):
     for number, row in enumerate(rows[start:], start):
         if len(row) != width:
             raise ValueError(f"row {number + 1} has {len(row)} columns, others have {width}")
-        if row[others[0]]:
-            pairs.append((columns[place][number] or row[place], row[others[0]]))
+        pairs.append((columns[place][number] or row[place], row[others[0]]))
     return match_names(names, pairs, "the table", lines)

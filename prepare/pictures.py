@@ -65,9 +65,23 @@ def from_deep_grey(image, changes):
     return grey
 
 
+def central_square(picture, size, changes):
+    """The central square of a Pillow image of mode L or RGB as (1 or 3, S, S), resized to `size` if that is given."""
+    W, H = picture.size
+    side = min(W, H)
+    if W != H:
+        changes["not square, cropped to their centre"] += 1
+        left, top = (W - side) // 2, (H - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+    if size:
+        changes["smaller than asked for, enlarged"] += side < size
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    return np.atleast_3d(picture).transpose(2, 0, 1)
+
+
 def from_picture(image, changes, size=None):
-    """A Pillow image as uint8 (1 or 3, H, W); with a size, its central square of that side. changes: counts what is
-    changed; what cannot be had raises ValueError."""
+    """The central square of a Pillow image as uint8 (1 or 3, S, S), resized to `size` if that is given. changes: counts
+    what is changed; what cannot be had raises ValueError."""
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a phone's photo with a second
         changes["of several pages or frames, of which the first is taken"] += 1
     deep = any(";16" in str(tile[3]) for tile in image.tile) or (image.format == "PPM" and image.mode == "I")
@@ -91,23 +105,7 @@ def from_picture(image, changes, size=None):
         clear.putalpha(alpha)
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, clear).convert(image.mode)
-    return to_array(central_square(image, size, changes) if size else image)
-
-
-def to_array(picture):
-    """A Pillow image of mode L or RGB as (1 or 3, H, W)."""
-    return np.atleast_3d(picture).transpose(2, 0, 1)
-
-
-def central_square(picture, size, changes):
-    """The central square of a Pillow image, resized to `size` if that is given."""
-    W, H = picture.size
-    side = min(W, H)
-    changes["not square, cropped to their centre"] += W != H
-    changes["smaller than asked for, enlarged"] += side < (size or 0)
-    left, top = (W - side) // 2, (H - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))
-    return picture.resize((size, size), Image.Resampling.LANCZOS) if size else picture
+    return central_square(image, size, changes)
 
 
 def crop_and_resize(image, size, channels, changes):
@@ -117,4 +115,4 @@ def crop_and_resize(image, size, channels, changes):
         return image
     changes["grey, made colour as others are"] += C < channels
     picture = to_picture(image).convert("L" if channels == 1 else "RGB")
-    return to_array(central_square(picture, size, changes))
+    return central_square(picture, size, changes)

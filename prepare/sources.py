@@ -141,7 +141,7 @@ def read_latents(file):
 
 
 class Pictures:
-    """Files of pictures or latents as a sequence of arrays (C, H, W), uint8 or float32. changes, size: see
+    """Files of pictures or latents as a sequence of arrays (C, S, S), uint8 or float32. changes, size: see
     from_picture(). flat: the places of pictures that were read and have at most 32 colours, as masks do."""
 
     def __init__(self, path, names, open_file, changes, size):
@@ -225,7 +225,7 @@ def open_source(path, changes, labels="", size=None):
             numbers, classes = as_labels(values, held_out, lines)
         if held_out is not None and not held_out[numbers >= 0].any():
             held_out = None
-    left = [name for name in set(names) - set(used) if not name.endswith("dataset.json")
-            and not os.path.abspath(labels).startswith(os.path.abspath(path / name))]
+    table = os.path.relpath(labels.partition(":")[0] or path, path)
+    left = {name for name in names if not name.endswith("dataset.json")} - {*used, table}
     say_left_out(left, len(every) - len(names), classes, lines)
     return Source(images, numbers, classes, held_out, lines)
