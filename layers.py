@@ -193,7 +193,7 @@ class Modulation(nn.Module):
                 x = x * (1 + gain * part)
             elif kind == "shift":
                 x = x + gain * part
-            else:
+            elif kind == "rotate":
                 x = rotate(x, gain * part)
         return x
 
