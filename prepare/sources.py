@@ -53,7 +53,7 @@ def open_files(path):
     """The files of a folder, zip or npz: their names, and a function that opens one by its name. A .npy file is like a
     folder of images.npy and, if labels lie beside it, labels.npy. Why: all other code sees only names and bytes."""
     if path.is_dir():
-        return names_in_folder(path), lambda name: open(existing_file(path / name), "rb")
+        return names_in_folder(path), lambda name: open(existing_file(f"{path}/{name}"), "rb")
     if not zipfile.is_zipfile(existing_file(path)):
         files = with_labels_beside(path)
         return list(files), lambda name: open(files[name], "rb")
