@@ -219,7 +219,7 @@ def open_source(path, changes, labels="", size=None):
             raise ValueError(f"has arrays {', '.join(latents)[:200]}, but none called arr_0, images, x_train or "
                              "train_images")
         else:
-            raise ValueError("it holds no images of a kind that this reads")
+            raise ValueError("it holds no images of a kind that this reads; unpack archives other than zip")
         numbers, classes = np.zeros(len(images), np.int64), []
         if values is not None:
             numbers, classes = as_labels(values, held_out, lines)
