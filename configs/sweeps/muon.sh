@@ -11,7 +11,7 @@ measure() {  # NAME OPTIONS...
 }
 [ -e datasets/fashion-mnist-16 ] || python data.py fashion-mnist --size=16 --name=fashion-mnist-16
 for seed in 0 1 2 3 4; do
-    measure plain-adam-$seed --seed=$seed "$@" --model.block=plain --learning_rate=0.008
+    measure plain-adam-$seed --seed=$seed "$@" --model.block=plain --learning_rate=0.016
     measure mp-adam-$seed --seed=$seed "$@"
     measure plain-muon-$seed --seed=$seed "$@" --model.block=plain --learning_rate=0.008 --optimizer=muon --matrix_rate=5
     measure mp-muon-$seed --seed=$seed "$@" --optimizer=muon
