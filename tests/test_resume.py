@@ -123,7 +123,7 @@ def tell_messages():
     def told(word, function):
         def wrapper(*args, **options):
             if os.environ["RANK"] == "1":
-                print(word, end=" ", file=sys.stderr)
+                print(word, end=" ", file=sys.stderr, flush=True)
             result = function(*args, **options)
             if options.get("async_op"):
                 result = SimpleNamespace(wait=told("wait", result.wait))
