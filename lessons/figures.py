@@ -1,5 +1,5 @@
-"""Draw the pictures of the lessons with the real code: `python -m lessons.figures rotation`, or `all`. Each lesson takes
-less than a minute of one core, and prints the numbers that its page quotes.
+"""Draw the pictures of the lessons with the real code: `python -m lessons.figures rotation`, or `all`. Each lesson
+takes less than a minute of one core, and prints the numbers that its page quotes.
 
 Where a lesson needs a trained network, it is pretrained/digits.pt."""
 
@@ -24,8 +24,8 @@ SNAPSHOT = Path(__file__).parent.parent / "pretrained" / "digits.pt"
 
 
 def save_panels(path, panels):
-    """Write square panels side by side as an SVG, {title: [(kind, colour, points (N, 2)), ...]}, all in one scale. kind:
-    "dots" or "line"."""
+    """Write square panels side by side as an SVG, {title: [(kind, colour, points (N, 2)), ...]}, all in one scale.
+    kind: "dots" or "line"."""
     size, top = 250, 34
     everything = torch.cat([points for parts in panels.values() for _, _, points in parts])
     reach = everything.abs().max().item() * 1.05
@@ -34,8 +34,9 @@ def save_panels(path, panels):
     for number, (title, parts) in enumerate(panels.items()):
         left, middle = number * size, size / 2
         lines.append(f'<text x="{left + middle}" y="20" text-anchor="middle" fill="#808080">{title}</text>')
-        lines.append(f'<path d="M{left + 8} {top + middle}H{left + size - 8}M{left + middle} {top + 8}V{top + size - 8}" '
-                     'stroke="#80808060"/>')
+        across = f"M{left + 8} {top + middle}H{left + size - 8}"
+        down = f"M{left + middle} {top + 8}V{top + size - 8}"
+        lines.append(f'<path d="{across}{down}" stroke="#80808060"/>')
         for kind, colour, points in parts:
             scale = (middle - 10) / reach
             places = [(left + middle + x * scale, top + middle - y * scale) for x, y in points.tolist()]
@@ -132,20 +133,22 @@ def train_briefly(denoiser, rate, steps, force=True, watch=lambda denoiser: None
 def magnitudes(out, steps=60):
     """Token RMS block by block, at initialisation and after some steps: plain, mp, and mp without one ingredient."""
     config = DiTConfig(depth=8, width=32, heads=2).for_data(8, 1, 10)
+    plain_config = DiTConfig(block="plain", depth=8, width=32, heads=2).for_data(8, 1, 10)
     blocks = {"plain": None, "mp": MPBlock, "mp, without mp_sum": AddingBlock, "mp, SiLU as it is": ShrinkingBlock,
               "mp, rows free": FreeBlock}
     first, last = {}, {}
     for name, Block in blocks.items():
         torch.manual_seed(0)
         plain = Block is None
-        denoiser = Denoiser(DiTConfig(block="plain", depth=8, width=32, heads=2).for_data(8, 1, 10) if plain else config)
+        denoiser = Denoiser(plain_config if plain else config)
         if not plain:
             denoiser.net = DiT(config, (MPInput, Block, MPOutput))
         batch = next(batches(1, size=256, seed=1))
         first[name] = token_rms(denoiser, batch)
         train_briefly(denoiser, 0.002 if plain else 0.03, steps, force=Block is not FreeBlock)
         last[name] = token_rms(denoiser, batch)
-        print(f"{name:20} after block 8: {first[name][-1][1]:8.2f} at first, {last[name][-1][1]:8.2f} after {steps} steps")
+        before, after = first[name][-1][1], last[name][-1][1]
+        print(f"{name:20} after block 8: {before:8.2f} at first, {after:8.2f} after {steps} steps")
     save_plot(out / "magnitudes-first.svg", first, "block", "token RMS at initialisation")
     save_plot(out / "magnitudes-trained.svg", last, "block", f"token RMS after {steps} steps")
     a, b = torch.randn(2, 1000, 512)
@@ -252,7 +255,7 @@ def ideal(images, labels):
 
 @torch.no_grad()
 def noise(out, count=400):
-    """A digit at four noise levels; where training looks; the preconditioning; errors, and those of the ideal denoiser."""
+    """A digit at four noise levels; where training looks; the preconditioning; errors, the ideal denoiser's beside."""
     digits = load_dataset("digits")
     denoiser, facts = load_denoiser(SNAPSHOT, CPU)
     training, held_out = ((to_network(torch.tensor(part.images), facts), torch.tensor(part.labels))
@@ -366,7 +369,8 @@ def averages(out):
             errors[name].append((count, max(residual, 1e-4)))
     for name, points in errors.items():
         print(f"{name}: " + ", ".join(f"{residual:.2%} with {count}" for count, residual in points[::2]))
-    save_plot(out / "averages-error.svg", errors, "snapshots of each of the widths 0.05 and 0.10", "distance to the profile")
+    across = "snapshots of each of the widths 0.05 and 0.10"
+    save_plot(out / "averages-error.svg", errors, across, "distance to the profile")
     away, = inner_products([(0.9, 0.05)], [(1.0, 0.05)])[0] / inner_products([(1.0, 0.05)], [(1.0, 0.05)])[0]
     print(f"overlap of the profile of 0.05 at 90% with that at the end: {away:.2f}")
 

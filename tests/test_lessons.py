@@ -74,7 +74,8 @@ def test_each_lesson_draws_its_pictures_and_prints_its_numbers(tmp_path, capsys)
     lengths = re.findall(r"(?:not )?forced *: row RMS ([\d.]+)", said)
     assert float(lengths[0]) == 1 < float(lengths[1])
     assert "rotate: lengths × 1.00 to 1.00" in (tmp_path / "rotation.svg").read_text()
-    angles = {branch: max(map(float, re.findall(rf"before the {branch} ([\d.]+)", said))) for branch in ("attention", "MLP")}
+    angles = {branch: max(map(float, re.findall(rf"before the {branch} ([\d.]+)", said)))
+              for branch in ("attention", "MLP")}
     assert f"to {angles['MLP']:.1f} radians before the MLPs" in page and f"{angles['attention']} before the att" in page
     distance, = re.findall(r"width 0.15:.* ([\d.]+)% with 20", said)
     assert f"twenty of each width are {float(distance):.1f}% away" in " ".join(page.split())

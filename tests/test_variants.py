@@ -342,7 +342,8 @@ def test_a_variant_trains_resumes_and_samples_by_its_recipe(tmp_path, variant, k
     assert type(load_denoiser(tmp_path / "whole", CPU)[0].net.config) is config_class(variant, DiTConfig, "")
 
 
-@pytest.mark.parametrize("modulation", [("scale", "shift", "gate"), ("rotate", "gate"), ("rotate",), ("scale", "shift")])
+@pytest.mark.parametrize("modulation", [
+    ("scale", "shift", "gate"), ("rotate", "gate"), ("rotate",), ("scale", "shift")])
 def test_the_papers_network_is_that_of_its_equations(modulation):
     config = paper.Config(**SMALL | dict(num_classes=10), modulation=modulation)
     torch.manual_seed(0)
@@ -378,7 +379,7 @@ def test_the_papers_network_is_that_of_its_equations(modulation):
     cond = mp_silu(add(noise, label, 0.5))
     position = position_embedding(32, 4)
     position = position - position.mean(1, keepdim=True)
-    position = torch.cat([position[:, 0::2], position[:, 1::2]], 1)  # theirs in the order of ours: neighbours in a plane
+    position = torch.cat([position[:, 0::2], position[:, 1::2]], 1)  # neighbours make a plane
     x = mp_linear(torch.cat([patches, torch.ones(4, 16, 1)], -1), first.patch)
     x = add(x, position / position.std(1, keepdim=True, correction=0), 0.5)
     for block in net.blocks:
@@ -424,7 +425,8 @@ def test_muon_moves_each_part_by_the_rate_times_the_first_rms():
         scale = start.square().mean().sqrt() if start.any() else 1 / 4
         m1, m2 = 0.05 * first, 0.95 * 0.05 * first + 0.05 * second
         for nesterov in (0.05 * first + 0.95 * m1, 0.05 * second + 0.95 * m2):
-            update = torch.cat([muon.orthogonal(part[None])[0] * max(part.shape)**0.5 for part in nesterov.split(parts)])
+            updates = [muon.orthogonal(part[None])[0] * max(part.shape)**0.5 for part in nesterov.split(parts)]
+            update = torch.cat(updates)
             assert update.square().mean().sqrt() == pytest.approx(1, abs=0.15)
             start = start - 0.1 * scale * update
         close(w, start)

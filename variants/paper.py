@@ -3,9 +3,10 @@
 What the network of model.py does otherwise stands in the table at the end of that file. Here it is as in the branch
 old-mod_opts of the paper's code, whose runs made the rotation table, apart from three things: the noise level enters as
 ln(sigma)/4, not as an integer time; the output has no rows for a learned variance; and a plane of a rotation is made by
-channels i and i + D/2, not by neighbours, which is the same network with its channels in another order, positions, too. Loss, optimizer
-and averages are this repository's. One scalar gain for each kind of a modulation is the paper's, too, and since rows of
-an MPLinear do not know of each other, one matrix for all kinds is the same as one for each.
+channels i and i + D/2, not by neighbours, which is the same network with its channels, and those of the positions, in
+another order. Loss, optimizer and averages are this repository's. One scalar gain for each kind of a modulation is the
+paper's, too, and since rows of an MPLinear do not know of each other, one matrix for all kinds is the same as one for
+each.
 
 With size S, patches of 4×4 and 1,000 classes of 4×16×16 latents it has 32,825,163 parameters with scale, shift, gate,
 and 30,981,963 with scale, rotate, gate; the learned variance adds 24,576.
