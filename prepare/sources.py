@@ -154,7 +154,7 @@ class Pictures:
     def __getitem__(self, i):
         name = self.names[i]
         with reading(f"{self.path}/{name}"), self.open_file(name) as file:
-            content = BytesIO(file.read(2**30))  # whatever a zip says of sizes
+            content = BytesIO(file.read())
             if name.lower().endswith(".npy"):
                 return read_latents(content)
             image = Image.open(content)
@@ -177,7 +177,7 @@ def read_labels(path, pictures, names, open_file, labels, lines):
             return labels_by_table(pictures, existing_file(file).read_text("utf-8-sig"), column, lines), held_out
     if tables:
         with reading(f"{path}/{tables[0]}"), open_file(tables[0]) as file:
-            return labels_by_json(pictures, tables[0], file.read(2**30), lines), held_out
+            return labels_by_json(pictures, tables[0], file.read(), lines), held_out
     return classes_by_folder(pictures, held_out, levels, lines), held_out
 
 
@@ -203,9 +203,10 @@ def open_source(path, changes, labels="", size=None):
         every, open_file = open_files(path)
         names = sorted(name for name in every if not LITTER.search(name))
         pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-        roles = {array_role(name): name for name in names if array_role(name)}
+        npy = [name for name in names if name.lower().endswith(".npy")]
+        roles = {array_role(name): name for name in npy if array_role(name)}
         arrays = [name for (_, part), name in roles.items() if ("images", part) in roles]
-        latents = [name for name in names if name.lower().endswith(".npy") and not array_role(name)]
+        latents = [name for name in npy if not array_role(name)]
         if pictures and (arrays or latents):
             raise ValueError(f"holds both pictures and arrays, {(arrays or latents)[0]}; take one kind out")
         if arrays:
