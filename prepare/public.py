@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 
 import data
-from plumbing.command import UserError, reading
+from plumbing.command import reading
 from plumbing.files import download
 from prepare.sources import Source
 
@@ -52,9 +52,7 @@ def read_cifar(path, class_names, size, parts):
 
 
 def open_public(name, labels=""):
-    """The Source of a public set, which is downloaded unless it is there. labels: "", or "none" for images without."""
-    if labels not in ("", "none"):
-        raise UserError(f"--labels=FILE goes with pictures; {name} has its own labels")
+    """The Source of a public set, which is downloaded unless it is there. labels: "" for its own, else it has none."""
     base, files = DOWNLOADS[name]
     folder = data.DATASETS / "downloads" / name
     for file, sha256 in files.items():

@@ -197,6 +197,9 @@ def prepare(folder, source, made, labels=""):
         found = open_public(source, labels)
     else:
         found = open_source(source, changes, labels, made["size"])
+    pictures = isinstance(found.images, Pictures)
+    if labels not in ("", "none") and not pictures:
+        raise UserError(f"--labels=FILE goes with pictures; {source} has its labels in itself")
     with tempfile.TemporaryDirectory(dir=data.DATASETS, prefix=".making-") as making:
         making = Path(making) / folder.name
         making.mkdir()
@@ -204,7 +207,7 @@ def prepare(folder, source, made, labels=""):
         if folder.exists():
             folder.rename(making.with_name("before"))  # which goes away with what is around it
         making.rename(folder)
-    lines = found.lines + (mask_lines(found) if isinstance(found.images, Pictures) else [])
+    lines = found.lines + (mask_lines(found) if pictures else [])
     return lines + [f"images {what}: {count:,}" for what, count in changes.items() if count]
 
 

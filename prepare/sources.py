@@ -110,9 +110,7 @@ def as_images(array):
 
 def from_arrays(roles, open_file, labels):
     """Images, the values of their labels or None, and which images are held out or None, read from arrays.
-    roles: {what array_role() says: path}; labels: see open_source()."""
-    if labels not in ("", "none"):
-        raise ValueError("--labels=FILE goes with pictures; the labels of an array lie beside it")
+    roles: {what array_role() says: path}; labels: "" for those beside the images, else they have none."""
     parts = sorted(part for kind, part in roles if kind == "images")
     held = [len(parts) > 1 and any(SPLIT_WORDS.get(word) for word in re.findall("[a-z]+", part)) for part in parts]
     if held.count(False) != 1:

@@ -237,4 +237,5 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
     many = tmp_path / "many.npz"
     np.savez(many, images=RANDOM.integers(0, 256, (6, 4, 4), dtype=np.uint8), labels=RANDOM.integers(0, 2, (6, 3)))
     assert "--labels=none takes the images without labels" in refused(many)
+    assert "--labels=FILE goes with pictures" in refused(many, f"--labels={tmp_path / 't.csv'}")
     assert prepared(many, "--labels=none", "--holdout=0")[0].facts["classes"] == []
