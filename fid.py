@@ -423,6 +423,33 @@ def parse_arguments():
     return args
 
 
+def sweep(args, run, reference, measure, device):
+    """Print a table of distances of a run to a reference, by EMA width and guidance, from the same
+    seeds throughout, and draw it if asked. reference: a name and its Statistics; measure: from
+    Images to Statistics."""
+    name, wanted = reference
+    distances = {}  # by EMA width and guidance
+    heads = [f"guidance {strength:g}" for strength in args.guidance]
+    print("EMA width" + "".join(head.rjust(15) for head in heads))
+    for std in args.std:
+        row = f"{std:0<5}".ljust(9)
+        for strength in args.guidance:
+            images = open_run(run, args, device, std, strength)
+            distances[std, strength] = distance(measure(run, images), wanted, (run, name))
+            row += f"{distances[std, strength]:15.6g}"
+            del images  # one network at a time: two may not fit a GPU
+        print(row, flush=True)  # whole, since progress on stderr would overwrite a part
+    std, strength = min(distances, key=distances.get)
+    print(f"best: EMA width {std:0<5}, guidance {strength:g}")
+    if args.plot and rank() == 0:
+        from tools.plots import save_plot
+        curves = {head: [(std, distances[std, strength]) for std in sorted(args.std)]
+                  for head, strength in zip(heads, args.guidance)}
+        label = f"Fréchet distance to {name}, {args.features}"
+        save_plot(args.plot, curves, "EMA width", label)
+        print(args.plot)
+
+
 def main():
     join_processes()
     with together():
@@ -454,27 +481,8 @@ def main():
     elif args.command == "compare":
         print(f"{distance(first, measure(names[1], sources[1]), names):.6g}")
     else:
-        del runs, sources  # one network at a time: two may not fit a GPU
-        distances = {}  # by EMA width and guidance
-        heads = [f"guidance {strength:g}" for strength in args.guidance]
-        print("EMA width" + "".join(head.rjust(15) for head in heads))
-        for std in args.std:
-            row = f"{std:0<5}".ljust(9)
-            for strength in args.guidance:
-                run = open_run(names[1], args, device, std, strength)
-                distances[std, strength] = distance(measure(names[1], run), first, names[::-1])
-                row += f"{distances[std, strength]:15.6g}"
-                del run
-            print(row, flush=True)  # whole, since progress on stderr would overwrite a part
-        std, strength = min(distances, key=distances.get)
-        print(f"best: EMA width {std:0<5}, guidance {strength:g}")
-        if args.plot and rank() == 0:
-            from tools.plots import save_plot
-            curves = {head: [(std, distances[std, strength]) for std in sorted(args.std)]
-                      for head, strength in zip(heads, args.guidance)}
-            save_plot(args.plot, curves, "EMA width",
-                      f"Fréchet distance to {names[0]}, {args.features}")
-            print(args.plot)
+        del runs, sources  # with them a network, to make room for those of the sweep
+        sweep(args, names[1], (names[0], first), measure, device)
     leave_processes()
 
 

@@ -357,6 +357,16 @@ def write_arrays(path, images, labels, facts):
         np.savez(file, **arrays)
 
 
+def default_out(run):
+    """Where a run's grid goes: grid.png in the run directory, or in out/ if it came along with the
+    code."""
+    if run.parent == PRETRAINED:
+        return Path("out") / "grid.png"
+    homes = [path for path in (run, *run.parents)
+             if path.is_dir() and path.name not in ("ema", "posthoc")]
+    return homes[0] / "grid.png"
+
+
 def main():
     join_processes()
     with together():
@@ -366,17 +376,14 @@ def main():
         if not args.run:
             warn(f"drawing from {run}")
         denoiser, facts, denoise = load_networks(args, run, device)
-        homes = [path for path in (run, *run.parents)
-                 if path.is_dir() and path.name not in ("ema", "posthoc")]
-        home = Path("out") if run.parent == PRETRAINED else homes[0]
-        args.out = args.out or home / "grid.png"
-        rows = choose_rows(args, facts, denoiser.net.config.num_classes)
+        config = denoiser.net.config
+        args.out = args.out or default_out(run)
+        rows = choose_rows(args, facts, config.num_classes)
         total = args.count or len(rows) * args.columns
-        check_out(args, total, denoiser.net.config, facts["latent"])
-        channels = denoiser.net.config.channels
+        check_out(args, total, config, facts["latent"])
         decode = lambda images: images
         if args.out.suffix != ".npz":
-            decode = load_decoder(facts, channels, device)
+            decode = load_decoder(facts, config.channels, device)
         folder = args.out.parent if args.out.suffix else args.out
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
     names = [facts["classes"][row] for row in rows] if facts["classes"] else []

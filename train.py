@@ -34,7 +34,7 @@ from plumbing.processes import (PRECISIONS, choose_device, join_processes, leave
                                 use_compile, world_size)
 from plumbing.run import Run, lock_run
 from plumbing.snapshots import save_snapshot
-from plumbing.transfer import must_agree, transfer
+from plumbing.transfer import take_weights
 from sample import find_snapshot, read_info, sample
 
 
@@ -265,20 +265,11 @@ def start_from(path, denoiser, ema, run):
     path = Path(path)
     with reading(path, ValueError):
         snapshot = find_snapshot(path, None)
-        info = read_info(snapshot)
-        ours = {"variant": run.config.variant, **asdict(run.config.model)}
-        theirs = {"variant": info["variant"], **info["model"]}
-        must_agree(ours, theirs, ("variant", "block", "width", "heads", "modulation"))
-    names = run.facts["classes"] if run.config.model.num_classes else []
-    their_names = info["data"]["classes"] if info["model"].get("num_classes") else []
-    fresh = transfer(denoiser.state_dict(), snapshot["weights"], names, their_names)
+        read_info(snapshot)
+    take_weights(path, snapshot, denoiser.state_dict(), run)
     force_weight_normalization(denoiser)  # rows of averages are shorter
     for average in ema.averages.values():
         average.load_state_dict(denoiser.state_dict())
-    if rank() == 0:
-        run.log(init=str(path), sha256=snapshot["sha256"], fresh=fresh)
-    more = f" and {len(fresh) - 20} more" if len(fresh) > 20 else ""
-    print(f"starts from {path}; fresh: {', '.join(fresh[:20]) or 'nothing'}{more}", flush=True)
 
 
 def train(config, dataset, denoiser, ema, optimizer, run):

@@ -1,7 +1,11 @@
-"""The weights of one network put into another, as far as they fit. Nothing here is about diffusion, and it imports
-nothing of ours."""
+"""The weights of one network put into another, as far as they fit. Nothing here is about diffusion."""
+
+from dataclasses import asdict
 
 import torch
+
+from plumbing.command import reading
+from plumbing.processes import rank
 
 
 def rows_by_class(table, classes):
@@ -43,3 +47,20 @@ def transfer(weights, source, classes, source_classes):
         else:
             fresh.append(name)
     return fresh
+
+
+def take_weights(path, snapshot, weights, run):
+    """Give a new run's `weights`, a state_dict, what fits of a snapshot, note it in the log, and print what starts
+    fresh. path: of the snapshot. Raises UserError for that of another network."""
+    info, config = snapshot["info"], run.config
+    ours = {"variant": config.variant} | asdict(config.model)
+    theirs = {"variant": info["variant"]} | info["model"]
+    with reading(path, ValueError):
+        must_agree(ours, theirs, ("variant", "block", "width", "heads", "modulation"))
+    classes = run.facts["classes"] if ours["num_classes"] else []
+    their_classes = info["data"]["classes"] if theirs.get("num_classes") else []
+    fresh = transfer(weights, snapshot["weights"], classes, their_classes)
+    if rank() == 0:
+        run.log(init=str(path), sha256=snapshot["sha256"], fresh=fresh)
+    more = f" and {len(fresh) - 20} more" if len(fresh) > 20 else ""
+    print(f"starts from {path}; fresh: {', '.join(fresh[:20]) or 'nothing'}{more}", flush=True)

@@ -16,4 +16,3 @@ for seed in 0 1 2 3 4; do
     measure plain-muon-$seed --seed=$seed "$@" --model.block=plain --learning_rate=0.008 --optimizer=muon --matrix_rate=5
     measure mp-muon-$seed --seed=$seed "$@" --optimizer=muon
 done
-python -m tools.plots out/muon/* --key=val_loss --by=optimizer --out=out/muon.svg
