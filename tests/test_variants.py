@@ -521,7 +521,8 @@ class Dropout(DiT):
     assert load_denoiser(tmp_path / "run", CPU)[0].net.rates[-1] == 0.5
 
 
-def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys):
+def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys, monkeypatch):
+    plot = tmp_path.with_suffix(".svg")
     runs = [(0.5, "mp", 1.0), (0.5, "mp", 3.0), (2.0, "mp", 5.0), (2.0, "plain", 7.0), (4.0, "mp", "NaN")]
     for number, (rate, block, value) in enumerate(runs):
         run = tmp_path / str(number)
@@ -539,6 +540,15 @@ def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys):
     curves = plots.over_steps(sorted(tmp_path.iterdir()), ["val_loss", "step"], "learning_rate")
     assert curves["learning_rate = 2.0 val_loss"] == [(1, 9), (2, 6)] and len(curves) == 6
     assert curves["learning_rate = 4.0 val_loss"] == [(1, 9)] and curves["learning_rate = 0.5 step"][2] == (3, 3)
+    options = "--key=val_loss", "--against=learning_rate", "--panels=steps,model.block", "--top=4"
+    monkeypatch.setattr("sys.argv", ["plots.py", *map(str, sorted(tmp_path.iterdir())), *options, f"--out={plot}"])
+    plots.main()
+    panels = ElementTree.parse(plot).getroot().findall("{*}g")
+    (mp,), (plain,) = [[line.get("points").split() for line in panel.findall("{*}polyline")] for panel in panels]
+    assert len(mp) == 2 and len(plain) == 1  # 2 and 5, 7: the latter two are cut at 4
+    assert mp[1].split(",")[1] == plain[0].split(",")[1] == f"{36 + 216 * 0.05 / 1.1:.1f}"
+    titles = [[part.text for part in panel if part.text and "(cut" in part.text] for panel in panels]
+    assert titles == [["2, mp: val_loss (cut at 4)"], ["2, plain: val_loss (cut at 4)"]]
 
 
 def test_commands_print_their_tables_and_draw_their_plots(tmp_path):

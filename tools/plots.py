@@ -4,6 +4,8 @@ steps, or one's last values against a key of their configurations; of each run, 
     python -m tools.plots out/digits out/plain --key=token_rms_first,token_rms_last --out=rms.svg
     python -m tools.plots out/rates/* --key=val_loss --by=model.block --out=loss.svg
     python -m tools.plots out/rates/* --key=val_loss --against=learning_rate --by=model.block --out=rates.svg
+    python -m tools.plots out/widths/* --key=val_loss --against=learning_rate --by=model.width \
+        --panels=optimizer,model.block --top=0.3 --out=widths.svg
 """
 
 import json
@@ -31,11 +33,39 @@ def save_plot(path, curves, x_label, y_label, x_names=None):
     """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end. Positive
     values that differ by more than a factor of 100 are drawn on a logarithmic axis.
     x_names: {x: text} instead of round numbers below the axis."""
-    left, right, top, bottom = 64, 20 + 7 * max(map(len, curves)), 36, 48
-    width, height = left + 426 + right, 360
-    points = np.array([point for curve in curves.values() for point in curve], dtype=float)
-    (x0, y0), (x1, y1) = points.min(0), points.max(0)
-    y_names = {}
+    values = [y for curve in curves.values() for _, y in curve]
+    width, height = 490 + margin(curves), 360
+    write_svg(path, width, height, draw(curves, width, height, min(values), max(values), x_label, y_label, x_names))
+
+
+def save_panels(path, panels, x_label, y_label):
+    """Write several plots, {title: (curves, x_names)}, as one SVG, two in a row, with one scale for all their y."""
+    values = [y for curves, _ in panels.values() for curve in curves.values() for _, y in curve]
+    width, height, parts = 310 + max(margin(curves) for curves, _ in panels.values()), 300, []
+    for number, (title, (curves, x_names)) in enumerate(panels.items()):
+        parts.append(f'<g transform="translate({number % 2 * width} {number // 2 * height})">')
+        parts += draw(curves, width, height, min(values), max(values), x_label, f"{title}: {y_label}", x_names)
+        parts.append("</g>")
+    write_svg(path, 2 * width, math.ceil(len(panels) / 2) * height, parts)
+
+
+def write_svg(path, width, height, parts):
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            'font-family="sans-serif" font-size="12">')
+    with atomic_file(path) as file:
+        file.write("\n".join([head, *parts, "</svg>"]).encode())
+
+
+def margin(curves):
+    """The pixels that the names at the ends of curves take."""
+    return 20 + 7 * max(map(len, curves))
+
+
+def draw(curves, width, height, y0, y1, x_label, y_label, x_names):
+    """The elements of a plot as in `save_plot`, whose y axis goes from y0 to y1."""
+    left, right, top, bottom = 64, margin(curves), 36, 48
+    xs = [x for curve in curves.values() for x, _ in curve]
+    x0, x1, y_names = min(xs), max(xs), {}
     if y1 > 100 * y0 > 0:
         curves = {name: [(x, math.log10(y)) for x, y in curve] for name, curve in curves.items()}
         y0, y1, y_label = math.log10(y0), math.log10(y1), f"{y_label} (logarithmic)"
@@ -49,8 +79,7 @@ def save_plot(path, curves, x_label, y_label, x_names=None):
     def text(x, y, words, anchor="middle", colour="#808080"):
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-             'font-family="sans-serif" font-size="12">']
+    parts = []
     for x, name in (x_names or {x: f"{x:g}" for x in ticks(x0, x1)}).items():
         parts.append(f'<path d="M{at(x, y0)[0]:.1f} {top}V{height - bottom}" stroke="#80808040"/>')
         parts.append(text(at(x, y0)[0], height - bottom + 18, name))
@@ -66,9 +95,8 @@ def save_plot(path, curves, x_label, y_label, x_names=None):
         if len(places) <= 20:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
         parts.append(text(places[-1][0] + 8, heights[name] + 4, name, "start", colour))
-    parts += [text((left + width - right) / 2, height - 10, x_label), text(left, 20, y_label, "start"), "</svg>"]
-    with atomic_file(path) as file:
-        file.write("\n".join(parts).encode())
+    parts += [text((left + width - right) / 2, height - 10, x_label), text(left, 20, y_label, "start")]
+    return parts
 
 
 def read_column(run, key):
@@ -133,6 +161,18 @@ def last_values(runs, key, against, by):
     return curves
 
 
+def curves_of(runs, args):
+    """The curves that the options ask for, and the names below their axis."""
+    if args.against:
+        curves = last_values(runs, args.key[0], args.against, args.by)
+        names = {x: f"{2**x:g}" for curve in curves.values() for x, _ in curve}
+    else:
+        curves, names = over_steps(runs, args.key, args.by), None
+    if not curves or not all(curves.values()):
+        raise UserError(f"{', '.join(args.key)}: nothing to draw, for want of finite values or of finished runs")
+    return {name: [(x, min(y, args.top)) for x, y in curve] for name, curve in curves.items()}, names
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=path_type, help="run directories")
@@ -140,6 +180,9 @@ def main():
                         help="columns of log.jsonl to draw, with commas between them (default: loss)")
     parser.add_argument("--against", metavar="KEY", help="draw the column's last values against this key")
     parser.add_argument("--by", metavar="KEY", help="one curve for each value of this key, the mean over its runs")
+    parser.add_argument("--panels", metavar="KEY", type=lambda text: text.split(","), default=[],
+                        help="one plot for each combination of values of these keys, with commas between them")
+    parser.add_argument("--top", type=float, default=math.inf, help="draw higher values here, at the upper edge")
     parser.add_argument("--out", type=path_type, default=Path("out/plot.svg"),
                         help="the SVG to write (default: out/plot.svg)")
     args = parser.parse_args()
@@ -147,14 +190,22 @@ def main():
         raise UserError(f"--out: {args.out} is not the name of a .svg file")
     if args.against and len(args.key) > 1:
         raise UserError("--key: name one column with --against")
-    if args.against:
-        curves = last_values(args.runs, args.key[0], args.against, args.by)
-        names = {x: f"{2**x:g}" for curve in curves.values() for x, _ in curve}
+    x_label, y_label = args.against or "step", ", ".join(args.key)
+    if math.isfinite(args.top):
+        y_label += f" (cut at {args.top:g})"
+    groups = {}
+    for run in args.runs:
+        config = read_config(run, args.panels)
+        groups.setdefault(", ".join(str(config[key]) for key in args.panels), []).append(run)
+    if args.panels:
+        panels = {}
+        for title, runs in sorted(groups.items()):
+            print(f"{title}:")
+            panels[title] = curves_of(runs, args)
+        save_panels(args.out, panels, x_label, y_label)
     else:
-        curves, names = over_steps(args.runs, args.key, args.by), None
-    if not curves or not all(curves.values()):
-        raise UserError(f"{', '.join(args.key)}: nothing to draw, for want of finite values or of finished runs")
-    save_plot(args.out, curves, args.against or "step", ", ".join(args.key), names)
+        curves, names = curves_of(args.runs, args)
+        save_plot(args.out, curves, x_label, y_label, names)
     print(args.out)
 
 
