@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import tomllib
 import typing
@@ -115,7 +116,8 @@ def load_config(Class, argv):
     key and the file. Which keys there are depends on the variant, so the command line is parsed twice: once for
     --config and --variant, and again for all keys."""
     parser = Parser(sys.modules[Class.__module__].__doc__)
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of these keys, those with model. under [model]")
+    parser.add_argument("--config", type=os.path.expanduser, metavar="FILE",
+                        help="a TOML file of these keys, those with model. under [model]")
     keys = add_options(parser, Class)
     first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     table = read_table(first.config) if first.config else {}

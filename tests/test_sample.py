@@ -11,6 +11,7 @@ from ema import reconstruct
 from helpers import ROOT, awake, call, run
 from model import Denoiser, DiTConfig
 from plumbing.command import UserError
+from plumbing.config import load_config
 from plumbing.files import load_file, save_file
 from plumbing.snapshots import load_snapshots, save_snapshot
 from sample import check_guidance, deal_labels, find_label, guided, heun_sampler, load_denoiser, newest_run, sample
@@ -224,6 +225,8 @@ def test_the_home_directory_may_be_a_tilde(tmp_path, monkeypatch):
     assert call("sample.py", "~/run", "--steps=2", "--columns=1", "--out=~/new/a.png").returncode == 0
     assert (tmp_path / "new" / "a.png").is_file()
     assert TrainConfig(out="~/run", dataset="~/set").out == str(tmp_path / "run")
+    (tmp_path / "keys.toml").write_text("seed = 5")
+    assert load_config(TrainConfig, ["--config=~/keys.toml"]).seed == 5
 
 
 def test_latents_without_a_decoder_are_refused_before_they_are_drawn(tmp_path):
