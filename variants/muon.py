@@ -12,8 +12,8 @@ training it is about 0.85 of that, since singular values end near 1, not at it: 
 plain matrix starts at another RMS for each width; measured by it, its rate means the same at every width, too. But a
 plain matrix grows, and then the same rate turns it less.
 
-A matrix that computes several things is updated in parts: q, k and v, and the kinds of a modulation. Updated as one,
-the part with the largest gradient would leave little for the others.
+A matrix that computes several things is updated in parts [CMuon]: q, k and v, and the kinds of a modulation. Updated as
+one, a part with a small gradient could get little. In the small networks tried, it loses nothing by that.
 
 Muon is for the matrices of blocks alone, `matrices` in model.py; all else stays with Adam, at the whole
 `learning_rate`. There is no weight decay: forced normalization does its work, and DiT is trained without.
