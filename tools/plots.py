@@ -145,16 +145,17 @@ def last_values(runs, key, against, by):
     for run in runs:
         step, value = read_column(run, key)[-1]
         config = read_config(run, [against, by])
-        name, x = f"{by} = {config[by]}" if by else key, config[against]
+        x = config[against]
         with reading(run / "config.toml"):
             if not float(x) > 0:
                 raise ValueError(f"{against} = {x} has no place on a logarithmic axis")
         if step < config["steps"] or not math.isfinite(value):
             print(f"left out: {run}, {value:g} after {step} of {config['steps']} steps")
         else:
-            groups.setdefault((name, float(x)), []).append(value)
+            groups.setdefault((config[by] if by else None, float(x)), []).append(value)
     curves = {}
-    for (name, x), values in sorted(groups.items()):
+    for (of, x), values in sorted(groups.items()):
+        name = f"{by} = {of}" if by else key
         spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
         print(f"{name}, {against} = {x:g}: {np.mean(values):.4f}{spread} ({len(values)} runs)")
         curves.setdefault(name, []).append((math.log2(x), np.mean(values)))
