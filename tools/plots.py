@@ -5,7 +5,7 @@ steps, or one's last values against a key of their configurations; of each run, 
     python -m tools.plots out/rates/* --key=val_loss --by=model.block --out=loss.svg
     python -m tools.plots out/rates/* --key=val_loss --against=learning_rate --by=model.block --out=rates.svg
     python -m tools.plots out/widths/* --key=val_loss --against=learning_rate --by=model.width \
-        --panels=optimizer,model.block --top=0.3 --out=widths.svg
+        --panels=optimizer,model.block --top=0.28 --out=widths.svg
 """
 
 import json

@@ -25,4 +25,4 @@ for rate in 0.02 0.04 0.08 0.16; do run mp adam 256 $rate "$@"; done
 for rate in 0.004 0.008 0.016; do run plain muon 256 $rate --matrix_rate=5 "$@"; done
 for rate in 0.04 0.08 0.16; do run mp muon 256 $rate "$@"; done
 python -m tools.plots out/widths/* --key=val_loss --against=learning_rate --by=model.width \
-    --panels=optimizer,model.block --top=0.3 --out=out/widths.svg
+    --panels=optimizer,model.block --top=0.28 --out=out/widths.svg
