@@ -139,8 +139,8 @@ def read_latents(file):
 
 
 def read_bytes(file):
-    """The bytes of a file, of at most a gigabyte, whatever a zip says of sizes. Why in parts: who asks for a gigabyte at
-    once pays for the room, a fifth of the time that small pictures take."""
+    """The bytes of a file, of at most a gigabyte, whatever a zip says of sizes. Why in parts: who asks for a gigabyte
+    at once pays for the room, a fifth of the time that small pictures take."""
     parts, left = [], 2**30
     while left and (part := file.read(min(left, 2**16))):
         parts.append(part)

@@ -29,26 +29,6 @@ def ticks(low, high):
     return np.arange(math.ceil(low / step), math.floor(high / step + 1e-9) + 1) * step
 
 
-def save_plot(path, curves, x_label, y_label, x_names=None):
-    """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end. Positive
-    values that differ by more than a factor of 100 are drawn on a logarithmic axis.
-    x_names: {x: text} instead of round numbers below the axis."""
-    values = [y for curve in curves.values() for _, y in curve]
-    width, height = 490 + margin(curves), 360
-    write_svg(path, width, height, draw(curves, width, height, min(values), max(values), x_label, y_label, x_names))
-
-
-def save_panels(path, panels, x_label, y_label):
-    """Write several plots, {title: (curves, x_names)}, as one SVG, two in a row, with one scale for all their y."""
-    values = [y for curves, _ in panels.values() for curve in curves.values() for _, y in curve]
-    width, height, parts = 310 + max(margin(curves) for curves, _ in panels.values()), 300, []
-    for number, (title, (curves, x_names)) in enumerate(panels.items()):
-        parts.append(f'<g transform="translate({number % 2 * width} {number // 2 * height})">')
-        parts += draw(curves, width, height, min(values), max(values), x_label, f"{title}: {y_label}", x_names)
-        parts.append("</g>")
-    write_svg(path, 2 * width, math.ceil(len(panels) / 2) * height, parts)
-
-
 def write_svg(path, width, height, parts):
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             'font-family="sans-serif" font-size="12">')
@@ -62,7 +42,7 @@ def margin(curves):
 
 
 def draw(curves, width, height, y0, y1, x_label, y_label, x_names):
-    """The elements of a plot as in `save_plot`, whose y axis goes from y0 to y1."""
+    """The elements of one plot, as in save_plot(), whose y axis goes from y0 to y1."""
     left, right, top, bottom = 64, margin(curves), 36, 48
     xs = [x for curve in curves.values() for x, _ in curve]
     x0, x1, y_names = min(xs), max(xs), {}
@@ -97,6 +77,26 @@ def draw(curves, width, height, y0, y1, x_label, y_label, x_names):
         parts.append(text(places[-1][0] + 8, heights[name] + 4, name, "start", colour))
     parts += [text((left + width - right) / 2, height - 10, x_label), text(left, 20, y_label, "start")]
     return parts
+
+
+def save_plot(path, curves, x_label, y_label, x_names=None):
+    """Write curves, {name: [(x, y), ...]}, as an SVG with a light grid. The name of a curve stands at its end. Positive
+    values that differ by more than a factor of 100 are drawn on a logarithmic axis.
+    x_names: {x: text} instead of round numbers below the axis."""
+    values = [y for curve in curves.values() for _, y in curve]
+    width, height = 490 + margin(curves), 360
+    write_svg(path, width, height, draw(curves, width, height, min(values), max(values), x_label, y_label, x_names))
+
+
+def save_panels(path, panels, x_label, y_label):
+    """Write several plots, {title: (curves, x_names)}, as one SVG, two in a row, with one scale for all their y."""
+    values = [y for curves, _ in panels.values() for curve in curves.values() for _, y in curve]
+    width, height, parts = 310 + max(margin(curves) for curves, _ in panels.values()), 300, []
+    for number, (title, (curves, x_names)) in enumerate(panels.items()):
+        parts.append(f'<g transform="translate({number % 2 * width} {number // 2 * height})">')
+        parts += draw(curves, width, height, min(values), max(values), x_label, f"{title}: {y_label}", x_names)
+        parts.append("</g>")
+    write_svg(path, 2 * width, math.ceil(len(panels) / 2) * height, parts)
 
 
 def read_column(run, key):
@@ -194,12 +194,11 @@ def main():
     x_label, y_label = args.against or "step", ", ".join(args.key)
     if math.isfinite(args.top):
         y_label += f" (cut at {args.top:g})"
-    groups = {}
-    for run in args.runs:
-        config = read_config(run, args.panels)
-        groups.setdefault(", ".join(str(config[key]) for key in args.panels), []).append(run)
     if args.panels:
-        panels = {}
+        groups, panels = {}, {}
+        for run in args.runs:
+            config = read_config(run, args.panels)
+            groups.setdefault(", ".join(str(config[key]) for key in args.panels), []).append(run)
         for title, runs in sorted(groups.items()):
             print(f"{title}:")
             panels[title] = curves_of(runs, args)
