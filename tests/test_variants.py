@@ -527,7 +527,8 @@ def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys, m
     for number, (rate, block, value) in enumerate(runs):
         run = tmp_path / str(number)
         run.mkdir()
-        (run / "config.toml").write_text(f'steps = 2\nlearning_rate = {rate}\nmodel.block = "{block}"\n')
+        config = f'steps = 2\nlearning_rate = {rate}\nmodel.block = "{block}"\nmodel.modulation = ["rotate", "gate"]\n'
+        (run / "config.toml").write_text(config)
         lines = '{"step": 1, "val_loss": 9}', f'{{"step": 2, "val_loss": {value}}}', '{"step": 3}'
         (run / "log.jsonl").write_text("\n".join(lines))
     curves = plots.last_values(sorted(tmp_path.iterdir()), "val_loss", "learning_rate", "model.block")
@@ -535,8 +536,12 @@ def test_curves_are_means_over_runs_that_agree_in_their_keys(tmp_path, capsys, m
     printed = capsys.readouterr().out.splitlines()
     assert f"left out: {tmp_path / '4'}, nan after 2 of 2 steps" in printed
     assert "model.block = mp, learning_rate = 0.5: 2.0000 ± 1.4142 (2 runs)" in printed
-    with pytest.raises(UserError, match="has no key nothing"):
-        plots.last_values([tmp_path / "0"], "val_loss", "nothing", "")
+    for against, by, message in (("nothing", None, "has no key 'nothing'"), ("learning_rate", "", "has no key ''"),
+                                 ("model.modulation", None, "model.modulation = rotate,gate has no place")):
+        with pytest.raises(UserError, match=message):
+            plots.last_values([tmp_path / "0"], "val_loss", against, by)
+    lists = plots.last_values([tmp_path / "0"], "val_loss", "learning_rate", "model.modulation")
+    assert lists == {"model.modulation = rotate,gate": [(-1, 1)]}
     curves = plots.over_steps(sorted(tmp_path.iterdir()), ["val_loss", "step"], "learning_rate")
     assert curves["learning_rate = 2.0 val_loss"] == [(1, 9), (2, 6)] and len(curves) == 6
     assert curves["learning_rate = 4.0 val_loss"] == [(1, 9)] and curves["learning_rate = 0.5 step"][2] == (3, 3)

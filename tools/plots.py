@@ -44,13 +44,18 @@ def margin(curves):
 def draw(curves, width, height, y0, y1, x_label, y_label, x_names):
     """The elements of one plot, as in save_plot(), whose y axis goes from y0 to y1."""
     left, right, top, bottom = 64, margin(curves), 36, 48
-    xs = [x for curve in curves.values() for x, _ in curve]
-    x0, x1, y_names = min(xs), max(xs), {}
+    y_names = {}
     if y1 > 100 * y0 > 0:
         curves = {name: [(x, math.log10(y)) for x, y in curve] for name, curve in curves.items()}
-        y0, y1, y_label = math.log10(y0), math.log10(y1), f"{y_label} (logarithmic)"
+        y0, y1 = math.log10(y0), math.log10(y1)
         y_names = {y: f"{10.0**y:g}" for y in range(math.ceil(y0), math.floor(y1) + 1)}
-    x1, y0, y1 = x1 if x1 > x0 else x0 + 1, y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
+        y_label += " (logarithmic)"
+    space = 0.05 * (y1 - y0 or 1)  # above and below the curves
+    y0, y1 = y0 - space, y1 + space
+    xs = [x for curve in curves.values() for x, _ in curve]
+    x0, x1 = min(xs), max(xs)
+    if x1 == x0:
+        x1 = x0 + 1
 
     def at(x, y):
         return (left + (x - x0) / (x1 - x0) * (width - left - right),
@@ -66,8 +71,10 @@ def draw(curves, width, height, y0, y1, x_label, y_label, x_names):
     for y, name in (y_names or {y: f"{y:g}" for y in ticks(y0, y1)}).items():
         parts.append(f'<path d="M{left} {at(x0, y)[1]:.1f}H{width - right}" stroke="#80808040"/>')
         parts.append(text(left - 8, at(x0, y)[1] + 4, name, "end"))
-    ends, last = sorted(((at(*curve[-1])[1], name) for name, curve in curves.items()), reverse=True), math.inf
-    heights = {name: (last := min(y, last - 14)) for y, name in ends}  # names that would overlap move up
+    heights, last = {}, math.inf
+    for y, name in sorted(((at(*curve[-1])[1], name) for name, curve in curves.items()), reverse=True):
+        last = min(y, last - 14)  # names that would overlap move up
+        heights[name] = last
     for number, (name, curve) in enumerate(curves.items()):
         colour, places = COLOURS[number % len(COLOURS)], [at(x, y) for x, y in curve]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -112,13 +119,14 @@ def read_column(run, key):
 
 
 def read_config(run, keys):
-    """A run's configuration by dotted names. Raises UserError if it lacks one of `keys`, of which some may be None."""
+    """A run's configuration by dotted names, lists as on the command line. Raises UserError if it lacks one of `keys`,
+    of which some may be None."""
     with reading(run / "config.toml"):
         config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
         config |= {f"model.{name}": value for name, value in config["model"].items()}
-        if missing := set(filter(None, keys)) - config.keys():
-            raise ValueError(f"has no key {', '.join(missing)}")
-        return config
+        if missing := set(keys) - {None} - config.keys():
+            raise ValueError(f"has no key {', '.join(map(repr, missing))}")
+        return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in config.items()}
 
 
 def over_steps(runs, keys, by):
@@ -147,7 +155,7 @@ def last_values(runs, key, against, by):
         config = read_config(run, [against, by])
         x = config[against]
         with reading(run / "config.toml"):
-            if not float(x) > 0:
+            if isinstance(x, str) or not x > 0:
                 raise ValueError(f"{against} = {x} has no place on a logarithmic axis")
         if step < config["steps"] or not math.isfinite(value):
             print(f"left out: {run}, {value:g} after {step} of {config['steps']} steps")
