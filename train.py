@@ -79,7 +79,7 @@ class TrainConfig(Configuration):
     warmup_steps: int = key(
         50, "steps over which the rate rises linearly", 0, 10**9, resumable=True)
     schedule: str = key(
-        "sqrt", "how the rate falls: sqrt, as decay_steps says, or linear, to 0 at the last step",
+        "sqrt", "how the rate falls: sqrt (see decay_steps), or linear, to 0 after the last step",
         choices=("sqrt", "linear"), resumable=True)
     decay_steps: int = key(
         600, "t_ref: after this many steps the rate falls as 1/sqrt(step) (0: never)", 0, 10**9,
@@ -207,8 +207,8 @@ def accumulate_gradients(config, facts, model, denoiser, teacher, batches, draws
             model.require_backward_grad_sync = rows is parts[-1]  # average over processes only once
         number = 2**31 + (step * config.batch + rows.start) // (rows.stop - rows.start)
         generator = make_generator(config, number, images.device)  # draw_step() has those below
-        other = make_generator(config, number + 2**30, "cpu")
-        torch.manual_seed(other.initial_seed())  # which dropout draws from
+        dropout = make_generator(config, number + 2**30, "cpu")
+        torch.manual_seed(dropout.initial_seed())
 
         u = denoiser.uncertainty(sigma)
         loss = edm2_loss(model, u, images, labels, sigma, noise)

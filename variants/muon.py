@@ -8,12 +8,12 @@ the averaged gradient and brings its singular values near 1. So rare directions 
 The size of an update is an angle. Its RMS is rate × that of the matrix at its start, and where this is 1, as in an
 MPLinear, an update perpendicular to a row turns the row by arctan(rate), in a network of any width (in the mean over
 rows where there are more rows than columns). With `learning_rate` 0.08 and `matrix_rate` 0.25 this is 0.02 radians. In
-training it is about 0.85 of that, since singular values end near 1, not at it: one degree, alike in all matrices. A
-plain matrix starts at another RMS for each width; measured by it, its rate means the same at every width, too. But a
-plain matrix grows, and then the same rate turns it less.
+training it is 0.7 to 0.88 of that, since singular values end near 1, not at it: about one degree in every matrix. A
+plain matrix starts at another RMS for each width, so its rate is measured by that. But a plain matrix grows, and then
+the same rate turns it less.
 
 A matrix that computes several things is updated in parts [CMuon]: q, k and v, and the kinds of a modulation. Updated as
-one, a part with a small gradient could get little. In the small networks tried, it loses nothing by that.
+one, a part with a small gradient could get little. (The small networks tried did no worse, results/ingredients.md.)
 
 Muon is for the matrices of blocks alone, `matrices` in model.py; all else stays with Adam, at the whole
 `learning_rate`. There is no weight decay: forced normalization does its work, and DiT is trained without.

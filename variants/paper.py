@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from layers import MPAttention, MPEmbedding, MPFourier, MPLinear, Modulation, attention, mp_silu, mp_sum, normalize
-from model import DiT, DiTConfig, MPBlock, position_embedding
+from layers import MPAttention, MPEmbedding, MPFourier, MPLinear, attention, mp_silu, mp_sum, normalize
+from model import DiT, DiTConfig, MPBlock, MPOutput, position_embedding
 from plumbing.keys import key
 
 
@@ -79,15 +79,9 @@ class Block(MPBlock):
         self.attention = Attention(config.width, config.heads)
 
 
-class Output(nn.Module):
+class Output(MPOutput):
     """Tokens (B, T, D), conditioning (B, D) -> patches (B, T, C·P²), zero at initialisation. Tokens enter as they are,
     whatever their RMS."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.modulation = Modulation(config.width, set(config.modulation) - {"gate"})
-        self.linear = MPLinear(config.width, config.channels * config.patch**2)
-        self.gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, cond):
         return self.gain * self.linear(self.modulation(x, cond))
